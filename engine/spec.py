@@ -1,0 +1,213 @@
+"""What a user can ask for: the training spec and the job spec, shared by engine, planner and service.
+
+Imports no torch: servers and cached plans load this module.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import InputError
+
+
+class SpecModel(BaseModel):
+    """Base of every request model: unknown fields are errors, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Order(StrEnum):
+    """In which order a cycle visits the chunks; chunk 0 is the start of the stream (the embedding)."""
+
+    DESCENDING = "descending"
+    ASCENDING = "ascending"
+    RANDOM = "random"
+
+
+class Precision(StrEnum):
+    """Data type of the weights and of the computation."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return 4 if self is Precision.FP32 else 2
+
+
+class ScheduleSpec(SpecModel):
+    """Which chunk is active at which optimizer update, and where its optimizer states live."""
+
+    num_chunks: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    order: Order = Order.DESCENDING
+    switch_every: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """Optimizer updates per visit of a chunk."""
+    states: Literal["keep", "reset"] = "keep"
+    """``keep``: states live in host memory between visits; ``reset``: they start from zero at every visit."""
+    state_dtype: Literal["fp32"] = "fp32"
+    master: Literal["none"] = "none"
+    """``none``: bf16 weights are updated in fp32 and rounded stochastically."""
+    expansion: Literal["none"] = "none"
+
+
+class CheckpointedLayers(SpecModel):
+    """Checkpoint only the named layers (indices into the model's layer list)."""
+
+    layers: list[Annotated[int, Field(ge=0)]]
+
+
+class TrainingSpec(SpecModel):
+    """Everything about a training step that decides its memory and its time."""
+
+    method: Literal["chunkft", "full"] = "chunkft"
+    seq_len: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
+    micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    precision: Literal[Precision.BF16, Precision.FP32] = Precision.BF16
+    optimizer: Literal["adamw"] = "adamw"
+    activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "full"
+    loss: Literal["fused", "standard"] = "fused"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    weights: Literal["resident"] = "resident"
+    schedule: Literal["auto"] | ScheduleSpec = Field(default_factory=ScheduleSpec)
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
+
+    @model_validator(mode="after")
+    def _full_is_one_chunk(self) -> TrainingSpec:
+        if self.method == "full" and self.schedule != "auto" and self.schedule.num_chunks != 1:
+            # `full` is the schedule with one chunk: an explicit other count contradicts the method.
+            if "schedule" in self.model_fields_set and "num_chunks" in self.schedule.model_fields_set:
+                raise ValueError("method 'full' is the schedule with num_chunks 1; use method 'chunkft' for more")
+            object.__setattr__(self, "schedule", self.schedule.model_copy(update={"num_chunks": 1}))
+        return self
+
+
+class JobTraining(TrainingSpec):
+    """A training spec plus what does not change memory: rates, length, seed."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-5
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer updates; exactly one of ``max_steps`` and ``epochs``; default one epoch."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Updates between evaluations; the start and the end are always evaluated when there is held-out data."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    """Updates between checkpoints; default one cycle."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> JobTraining:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("give max_steps or epochs, not both")
+        return self
+
+
+class ModelPath(SpecModel):
+    """A local Hugging Face folder (config.json; safetensors for training)."""
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class ModelConfig(SpecModel):
+    """An architecture given inline: the content of a Hugging Face config.json."""
+
+    config: dict[str, Any]
+
+
+ModelRef = Annotated[str, Field(min_length=1, max_length=256)] | ModelPath | ModelConfig
+
+
+class DatasetSpec(SpecModel):
+    """Training data: a local file (``path``) or an uploaded one (``file_id``)."""
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    file_id: str | None = None
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of rows held out for evaluation, taken from the end of a seeded shuffle."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetSpec:
+        if (self.path is None) == (self.file_id is None):
+            raise ValueError("give exactly one of path and file_id")
+        return self
+
+
+class OutputSpec(SpecModel):
+    """What the job leaves behind."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
+    """Folder name of the exported model; default is the job's name."""
+
+
+class JobRequest(SpecModel):
+    """What a user submits: over HTTP, or as the job file of ``chunkplan train``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = "job"
+    model: ModelRef
+    gpu: str | dict[str, Any] | None = None
+    """Catalog id, inline GPU, or ``cpu``; default: what the machine has."""
+    training: JobTraining = Field(default_factory=JobTraining)
+    dataset: DatasetSpec
+    output: OutputSpec = Field(default_factory=OutputSpec)
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    plan_id: str | None = None
+
+
+class RunSpec(SpecModel):
+    """One resolved job as the engine runs it (the worker's job.json): local paths, a fixed schedule, a device."""
+
+    job_id: str
+    name: str
+    model_path: str
+    dataset_path: str
+    dataset_format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    training: JobTraining
+    output_name: str
+    device: str = "cpu"
+    """``cpu`` or ``cuda:N``."""
+
+
+def validation_field(location: tuple[int | str, ...]) -> str:
+    """Dotted field name of a pydantic error location, without the union-branch labels that pydantic inserts."""
+    labels = {"ScheduleSpec", "ModelPath", "ModelConfig", "CheckpointedLayers", "constrained-str", "body", "GpuSpec"}
+    parts = [str(part) for part in location]
+    return ".".join(p for p in parts if p not in labels and not p.startswith(("literal[", "function-", "dict[")))
+
+
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+def parse(spec: type[Spec], value: object) -> Spec:
+    """Validate ``value`` (a dict or JSON text) against ``spec``.
+
+    Raises:
+        InputError: names the first offending field and what it should be.
+    """
+    try:
+        if isinstance(value, str | bytes):
+            return spec.model_validate_json(value)
+        return spec.model_validate(value)
+    except ValidationError as error:
+        first = deepest_error(error)
+        raise InputError(first[0], first[1]) from error
+
+
+def deepest_error(error: ValidationError) -> tuple[str, str]:
+    """(field, message) of the error that says most: in a union, the branch that got furthest into the value."""
+    best = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
+    message = best["msg"].removeprefix("Value error, ")
+    given = best.get("input")
+    if isinstance(given, str | int | float) and not isinstance(given, bool) and len(str(given)) <= 100:
+        message = f"{message} (got {given!r})"
+    return validation_field(best["loc"]) or "request", message

@@ -1,0 +1,155 @@
+"""What a plan request and a plan look like. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.spec import ModelRef, ScheduleSpec, SpecModel, TrainingSpec
+
+
+class GpuSpec(SpecModel):
+    """A device as the planner sees it: a catalog row, or given inline. Rates are dense, without sparsity."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    memory_bytes: Annotated[int, Field(gt=0, le=2**50)]
+    """Memory that one process can really use (what the driver reports as total)."""
+    kind: Literal["cuda", "rocm", "cpu"] = "cuda"
+    vendor: str = "nvidia"
+    compute_capability: str | None = None
+    """``8.9`` for Ada; decides the context and workspace sizes."""
+    memory_bandwidth: Annotated[float, Field(gt=0)] = 5e11
+    """Bytes per second."""
+    bf16_flops: Annotated[float, Field(gt=0)] = 5e13
+    """Dense bf16 FLOP/s with fp32 accumulation."""
+    fp32_flops: Annotated[float, Field(gt=0)] = 2e13
+    link_bandwidth: Annotated[float, Field(gt=0)] = 1.6e10
+    """Host to device, bytes per second, one direction, achievable."""
+    context_bytes: Annotated[int, Field(ge=0)] | None = None
+    """CUDA context and loaded libraries; None takes the planner's table."""
+    source: str = "given in the request"
+
+
+GpuRef = Annotated[str, Field(min_length=1, max_length=128)] | GpuSpec
+
+
+class PlanRequest(SpecModel):
+    """One question: does this training run of this model fit this device?"""
+
+    model: ModelRef
+    gpu: GpuRef
+    gpu_count: Literal[1] = 1
+    memory_limit_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
+    """Use at most this much of the device; None uses all of it."""
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+
+
+class Result(BaseModel):
+    """Base of what the planner returns."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Breakdown(Result):
+    """Bytes by category at one moment; the sum is the allocated bytes of that moment."""
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    loss: int
+    workspace: int
+    other: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum over the categories, bytes."""
+        return sum(self.model_dump().values())
+
+
+class Peak(Result):
+    """The moment of the highest memory, and the other counters at their own maxima. Bytes."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    host_bytes: int
+    upper_bytes: int
+    phase: str
+    chunk_index: int
+    breakdown: Breakdown
+
+
+class ModelFacts(Result):
+    """What was planned for."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    num_layers: int
+    parameter_bytes: int
+
+
+class ChunkPlan(Result):
+    """One chunk of the schedule: its range of the stream, its peaks by phase, its step time."""
+
+    index: int
+    num_parameters: int
+    first_parameter: str
+    last_parameter: str
+    peak_allocated_bytes: int
+    phase_peak_bytes: dict[str, int]
+    """Peak allocated bytes within each phase of a step: forward, backward, optimizer."""
+    step_seconds: float
+
+
+class Alternative(Result):
+    """Another schedule with its figures and one sentence why it is named."""
+
+    schedule: ScheduleSpec
+    training: TrainingSpec
+    peak: Peak
+    step_seconds: float
+    fits: bool
+    why: str
+
+
+class Plan(Result):
+    """The answer. Content-addressed: the same request and planner version give the same id."""
+
+    id: str
+    planner_version: str
+    request: PlanRequest
+    fits: bool
+    capacity_bytes: int
+    model: ModelFacts
+    peak: Peak
+    chunks: list[ChunkPlan]
+    step_seconds: float
+    """Mean over a cycle of one optimizer update."""
+    tokens_per_second: float
+    alternatives: list[Alternative]
+    warnings: list[str]
+
+
+class TimelinePoint(Result):
+    """Live bytes by category at the peak of one segment (a layer in a phase) of one chunk's step."""
+
+    chunk_index: int
+    phase: str
+    segment: str
+    seconds: float
+    """Since the start of the cycle."""
+    allocated_bytes: int
+    breakdown: Breakdown
+
+
+class Timeline(Result):
+    """The footprint over one cycle, in the schedule's order."""
+
+    plan_id: str
+    capacity_bytes: int
+    points: list[TimelinePoint]
+
+
