@@ -1,0 +1,22 @@
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY engine engine
+COPY planner planner
+COPY service service
+COPY migrations migrations
+RUN python -m venv /opt/chunkplan \
+ && /opt/chunkplan/bin/pip install --no-cache-dir --quiet --constraint constraints.txt .
+
+FROM python:3.11-slim
+RUN useradd --create-home --uid 10001 chunkplan
+COPY --from=build /opt/chunkplan /opt/chunkplan
+ENV PATH=/opt/chunkplan/bin:$PATH
+USER chunkplan
+WORKDIR /home/chunkplan
+RUN mkdir var
+VOLUME /home/chunkplan/var
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=20s --retries=3 \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+CMD ["chunkplan", "serve", "--host", "0.0.0.0"]
