@@ -1,0 +1,205 @@
+"""Fused linear cross-entropy: the language-model loss without ever holding the logits of all tokens.
+
+The model's own loss keeps three fp32 tensors of [tokens, vocabulary]; here the logits exist for a block of tokens at a time, and their
+gradient is consumed at once. Works with a frozen, a whole and a cut head: only the active rows get a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from engine.gradients import CutParameter
+
+IGNORE_INDEX = -100
+_BLOCK_BYTES = 16 * 2**20
+_BLOCK_TOKENS = 128
+
+
+def block_tokens(vocab_size: int) -> int:
+    """Tokens per block: fp32 logits of 16 MiB, but never fewer than 128 tokens, below which the weight's traffic dominates."""
+    return max(_BLOCK_TOKENS, _BLOCK_BYTES // (4 * vocab_size))
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a family does between the head's product and the softmax: logits → cap · tanh(scale · logits / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @staticmethod
+    def of(config: Any) -> LogitTransform:
+        """Read from a transformers config (Gemma's ``final_logit_softcapping``, Cohere's and Granite's scales)."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        if getattr(config, "logits_scaling", None):
+            scale /= float(config.logits_scaling)
+        return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Transform fp32 logits in place; returns tanh(…) when it is needed for the gradient."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        logits.div_(self.softcap).tanh_()
+        tanh = logits.clone()
+        logits.mul_(self.softcap)
+        return tanh
+
+    def backward_(self, gradient: Tensor, tanh: Tensor | None) -> Tensor:
+        """Chain rule in place: gradient of the raw product from the gradient of the transformed logits."""
+        if tanh is not None:
+            gradient.mul_(tanh.square_().neg_().add_(1.0))
+        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """Sum of token losses over ``denominator``; gradients are computed in forward, block by block, and handed out in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        target: Tensor | None,
+        bias: Tensor | None,
+        weight: Tensor,
+        labels: Tensor,
+        denominator: float,
+        rows: tuple[int, int],
+        transform: LogitTransform,
+    ) -> Tensor:
+        needs_hidden, needs_target, needs_bias = ctx.needs_input_grad[:3]
+        start, stop = rows
+        num_tokens, width = hidden.shape
+        block = block_tokens(weight.shape[0])
+        losses = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_target = weight.new_empty((stop - start, width)) if needs_target else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        log_norms = hidden.new_empty(num_tokens, dtype=torch.float32) if needs_target else None
+        for i in range(0, num_tokens, block):
+            part = slice(i, i + block)
+            logits, tanh = _logits(hidden[part], weight, bias, transform)
+            log_norm, loss = _softmax_(logits, labels[part])
+            losses += loss / denominator
+            if log_norms is not None:
+                log_norms[part] = log_norm
+            if d_hidden is None and d_bias is None:
+                continue
+            d_logits = _softmax_gradient_(logits, labels[part], 0, denominator)
+            d_logits = transform.backward_(d_logits, tanh)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            if d_hidden is not None:
+                torch.mm(d_logits.to(weight.dtype), weight, out=d_hidden[part])
+            del logits, d_logits, tanh
+        if d_target is not None and log_norms is not None:
+            _weight_gradient(d_target, hidden, weight, bias, labels, log_norms, denominator, rows, transform)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(d_hidden, d_target, d_bias)
+            ctx.bias_dtype = None if bias is None else bias.dtype
+            ctx.target_shape = None if target is None else target.shape
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_target, d_bias = ctx.saved_tensors
+        for gradient in (d_hidden, d_target, d_bias):
+            if gradient is not None:
+                gradient.mul_(upstream)
+        if d_target is not None:
+            d_target = d_target.view(ctx.target_shape)
+        if d_bias is not None:
+            d_bias = d_bias.to(ctx.bias_dtype)
+        return d_hidden, d_target, d_bias, None, None, None, None, None
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits [tokens, rows of weight] of one block, transformed, and what the transform's gradient needs."""
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    return logits, transform.apply_(logits)
+
+
+def _softmax_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into probabilities in place; returns (log normaliser [tokens], summed loss of the counted tokens)."""
+    valid = labels != IGNORE_INDEX
+    index = labels.clamp_min(0).unsqueeze(1)
+    at_label = logits.gather(1, index).squeeze(1)
+    highest = logits.amax(1)
+    logits.sub_(highest.unsqueeze(1)).exp_()
+    total = logits.sum(1)
+    logits.div_(total.unsqueeze(1))
+    log_norm = total.log_().add_(highest)
+    loss = (log_norm - at_label).mul_(valid).sum()
+    return log_norm, loss
+
+
+def _softmax_gradient_(probabilities: Tensor, labels: Tensor, first_row: int, denominator: float) -> Tensor:
+    """(p − onehot) / denominator in place for vocabulary rows from ``first_row`` on; zero for ignored tokens."""
+    num_rows = probabilities.shape[1]
+    local = labels - first_row
+    hit = (local >= 0) & (local < num_rows)
+    probabilities.scatter_add_(1, local.clamp_(0, num_rows - 1).unsqueeze(1), -hit.to(probabilities.dtype).unsqueeze(1))
+    weight = (labels != IGNORE_INDEX).to(probabilities.dtype).div_(denominator)
+    return probabilities.mul_(weight.unsqueeze(1))
+
+
+def _weight_gradient(
+    d_target: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    log_norms: Tensor,
+    denominator: float,
+    rows: tuple[int, int],
+    transform: LogitTransform,
+) -> None:
+    """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: one product per row, no accumulation error."""
+    start, stop = rows
+    block = max(1, block_tokens(weight.shape[0]) * weight.shape[0] // hidden.shape[0])
+    for first in range(start, stop, block):
+        last = min(first + block, stop)
+        bias_rows = None if bias is None else bias[first:last]
+        logits, tanh = _logits(hidden, weight[first:last], bias_rows, transform)
+        logits.sub_(log_norms.unsqueeze(1)).exp_()
+        d_logits = transform.backward_(_softmax_gradient_(logits, labels, first, denominator), tanh)
+        torch.mm(d_logits.to(weight.dtype).t(), hidden, out=d_target[first - start : last - start])
+        del logits, d_logits, tanh
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    denominator: float,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels``, summed over counted tokens and divided by ``denominator``.
+
+    Args:
+        hidden: [tokens, hidden size], already shifted against the labels.
+        weight: [vocabulary, hidden size]; frozen, trainable, or cut.
+        labels: [tokens], int64; −100 is not counted.
+        denominator: usually the number of counted tokens, over all micro-batches of an update.
+        bias: [vocabulary] or None.
+        transform: scale and softcap of the family.
+    """
+    if isinstance(weight, CutParameter):
+        cut = weight.rows
+        target, dense, rows = cut.leaf, cut.weight, (cut.start, cut.stop)
+    else:
+        target, dense, rows = weight, weight.detach(), (0, weight.shape[0])
+    result: Tensor = _FusedLinearCrossEntropy.apply(
+        hidden, target, bias, dense, labels, float(denominator), rows, transform or LogitTransform()
+    )
+    return result

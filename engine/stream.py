@@ -1,0 +1,34 @@
+"""The ordered stream over a live model's unique parameters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from engine.chunks import Chunk, ParameterInfo
+from engine.chunks import partition as partition_parameters
+
+
+class ParameterStream:
+    """The model's unique parameters (tied weights once) in ``named_parameters()`` order, as one sequence of bytes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = list(model.named_parameters())
+        self.names: list[str] = [name for name, _ in named]
+        self.parameters: list[nn.Parameter] = [parameter for _, parameter in named]
+        self.infos: list[ParameterInfo] = [
+            ParameterInfo(name, tuple(parameter.shape), parameter.element_size()) for name, parameter in named
+        ]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(info.numel for info in self.infos)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all parameters in bytes."""
+        return sum(info.num_bytes for info in self.infos)
+
+    def partition(self, num_chunks: int) -> list[Chunk]:
+        """Cut the stream into chunks; see :func:`engine.chunks.partition` for the rules and errors."""
+        return partition_parameters(self.infos, num_chunks)

@@ -1,0 +1,127 @@
+"""ChunkFT for one's own training loop: ``tuner.backward(batch)``, ``tuner.step()``.
+
+    tuner = ChunkFT(model, num_chunks=16, lr=2e-5)
+    for batch in loader:
+        tuner.backward(batch)
+        tuner.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Literal, Self
+
+from torch import Tensor, nn
+
+from engine.gradients import Activation, ActiveSlice
+from engine.optimizer import AdamWConfig, ChunkAdamW
+from engine.schedule import Schedule, Visit
+from engine.spec import CheckpointedLayers, Order
+from engine.step import Observer, StepOptions, Unobserved, forward_backward, num_counted_tokens, prepared
+from engine.stream import ParameterStream
+
+
+class ChunkFT:
+    """Full fine-tuning, one chunk of the parameter stream at a time (arXiv 2605.21177).
+
+    Args:
+        model: a causal language model of transformers, unmodified.
+        num_chunks: 1 is dense full fine-tuning.
+        lr: learning rate, or a function of the number of the update (from 0).
+        order: in which order a cycle visits the chunks.
+        switch_every: optimizer updates per visit.
+        states: ``keep`` optimizer states in host memory between visits, or ``reset`` them.
+        max_grad_norm: clip the active chunk's gradient norm; None turns it off.
+        loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
+        activation_checkpointing: ``full``, ``none``, or chosen layers.
+        observer: is told the phases of each step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_chunks: int = 16,
+        lr: float | Callable[[int], float] = 2e-5,
+        *,
+        order: Order | Literal["descending", "ascending", "random"] = Order.DESCENDING,
+        switch_every: int = 1,
+        states: Literal["keep", "reset"] = "keep",
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = 1.0,
+        loss: Literal["fused", "standard"] = "fused",
+        activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none",
+        seed: int = 0,
+        observer: Observer | None = None,
+    ) -> None:
+        self.model = model
+        self.stream = ParameterStream(model)
+        self.chunks = self.stream.partition(num_chunks)
+        self.schedule = Schedule(num_chunks, Order(order), switch_every, seed)
+        self.optimizer = ChunkAdamW(AdamWConfig(weight_decay, *betas, eps, max_grad_norm, states))
+        self.num_updates = 0
+        self.lr: Callable[[int], float] = lr if callable(lr) else lambda _: lr
+        self.options = StepOptions(loss, activation_checkpointing)
+        self._observer = observer or Unobserved()
+        self._activation: Activation | None = None
+        self._active: list[ActiveSlice] = []
+        self._prepared = ExitStack()
+        self._prepared.enter_context(prepared(model, self.options))
+
+    @property
+    def visit(self) -> Visit:
+        """The visit that the next update belongs to."""
+        return self.schedule.visit(self.num_updates)
+
+    @property
+    def active(self) -> list[ActiveSlice]:
+        """The active chunk's slices; activates the chunk that is due."""
+        if self._activation is None:
+            self._activation = Activation(self.stream, self.chunks[self.visit.chunk_index])
+            self._active = self._activation.__enter__()
+        return self._active
+
+    def backward(self, batch: Mapping[str, Tensor], denominator: float | None = None) -> Tensor:
+        """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
+
+        Args:
+            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device.
+            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update. Default: of this one.
+
+        Returns:
+            The detached loss, a scalar.
+        """
+        labels = batch["labels"]
+        if denominator is None:
+            denominator = max(num_counted_tokens(labels), 1)
+        assert self.active
+        return forward_backward(self.model, batch["input_ids"], labels, denominator, self.options, self._observer)
+
+    def step(self) -> float | None:
+        """Update the active chunk, and move on when the next one is due. Returns the gradient norm before clipping."""
+        visit = self.visit
+        with self._observer.phase("optimizer"):
+            norm = self.optimizer.update(self.active, visit, self.lr(self.num_updates))
+        self.num_updates += 1
+        if visit.is_last:
+            self._leave_chunk()
+        return norm
+
+    def _leave_chunk(self) -> None:
+        if self._activation is not None:
+            self._active = []
+            self._activation.__exit__()
+            self._activation = None
+
+    def close(self) -> None:
+        """Give the model back as it was: no active chunk, no wrapped layers."""
+        self._leave_chunk()
+        self._prepared.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
