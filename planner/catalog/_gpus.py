@@ -1,0 +1,133 @@
+"""The GPU catalog: lookup by id, alias or driver name; what this machine has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from typing import Any
+
+from engine.errors import InputError
+from planner.catalog._data import did_you_mean, load
+from planner.catalog._host import host_as_gpu
+from planner.spec import GpuSpec
+
+MIB = 1024**2
+_BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "amd", "instinct", "radeon", "graphics", "gpu"})
+_MEMORY_TOLERANCE = 0.06
+"""Drivers differ by a few per cent in the total of one card (ECC, reserved regions); other memory sizes by more."""
+
+
+def gpus() -> list[GpuSpec]:
+    """Every catalog row, in the file's order: consumer, workstation, data centre. ``name`` is the catalog id."""
+    return list(_by_id().values())
+
+
+def find_gpu(ref: str | GpuSpec) -> GpuSpec:
+    """The device that ``ref`` names: a catalog id, a common or driver name, ``cpu`` (this machine), or itself.
+
+    Raises:
+        InputError: no such device; names near matches.
+    """
+    if isinstance(ref, GpuSpec):
+        return ref
+    key = _normalise(ref)
+    if key == "cpu":
+        return host_as_gpu()
+    found = _lookup(key)
+    if found is None:
+        hint = did_you_mean(key, _by_id())
+        raise InputError("gpu", f"no GPU named {ref!r} in the catalog{hint or '; `chunkplan gpus` lists them'}")
+    return found
+
+
+def detect_gpu() -> GpuSpec:
+    """The first CUDA device that this process may use, as the driver describes it; ``cpu`` when there is none.
+
+    Rates come from the catalog, memory from the driver. A device that the catalog lacks gets modest default rates.
+    """
+    for name, memory_bytes, compute_capability in _driver_devices():
+        spec = _match(name, memory_bytes)
+        if spec is not None:
+            return spec.model_copy(
+                update={"memory_bytes": memory_bytes, "source": f"{spec.source}; memory from this machine's driver"}
+            )
+        return GpuSpec(
+            name=name,
+            memory_bytes=memory_bytes,
+            compute_capability=compute_capability,
+            source="this machine's driver; rates are modest defaults",
+        )
+    return host_as_gpu()
+
+
+@cache
+def _by_id() -> dict[str, GpuSpec]:
+    return {row["id"]: _spec(row) for row in load("gpus.json")}
+
+
+@cache
+def _by_alias() -> dict[str, str]:
+    names = {row["id"]: row["id"] for row in load("gpus.json")}
+    return names | {alias: row["id"] for row in load("gpus.json") for alias in row["aliases"]}
+
+
+def _spec(row: dict[str, Any]) -> GpuSpec:
+    return GpuSpec(
+        name=row["id"],
+        memory_bytes=row["memory_mib"] * MIB,
+        kind=row["kind"],
+        vendor=row["vendor"],
+        compute_capability=row["compute_capability"],
+        memory_bandwidth=row["bandwidth_gb_per_s"] * 1e9,
+        bf16_flops=row["bf16_tflops"] * 1e12,
+        fp32_flops=row["fp32_tflops"] * 1e12,
+        link_bandwidth=row["link_gb_per_s"] * 1e9,
+        source=row["source"],
+    )
+
+
+def _normalise(name: str) -> str:
+    """``NVIDIA GeForce RTX 4090`` → ``rtx-4090``: lower case, hyphens, without brand words."""
+    words = re.sub(r"[^a-z0-9.]+", " ", name.lower()).split()
+    return "-".join(word for word in words if word not in _BRANDS) or name.lower()
+
+
+def _lookup(key: str) -> GpuSpec | None:
+    """A row by normalised name; ``4090`` and ``rtx4090`` mean ``rtx-4090``."""
+    spaced = re.sub(r"^(rtx|gtx)(?=\d)", r"\1-", key)
+    for candidate in (spaced, f"rtx-{spaced}"):
+        if (identity := _by_alias().get(candidate)) is not None:
+            return _by_id()[identity]
+    return None
+
+
+def _match(name: str, memory_bytes: int) -> GpuSpec | None:
+    """The catalog row for a driver's device name; the memory decides between rows of one name (RTX 3080)."""
+    key = _normalise(name)
+    exact = _lookup(key)
+    candidates = [exact] if exact is not None else []
+    candidates += [spec for identity, spec in _by_id().items() if identity.startswith(f"{key}-")]
+    for spec in candidates:
+        if abs(spec.memory_bytes - memory_bytes) <= _MEMORY_TOLERANCE * spec.memory_bytes:
+            return spec
+    return None
+
+
+def _driver_devices() -> list[tuple[str, int, str | None]]:
+    """(name, memory bytes, compute capability) of the devices that nvidia-smi lists and this process may see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    tool = shutil.which("nvidia-smi")
+    if tool is None or (visible is not None and visible.strip() in {"", "-1", "NoDevFiles"}):
+        return []
+    command = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    if visible is not None and not visible.startswith("MIG"):
+        command.append(f"--id={visible.split(',')[0].strip()}")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    return [(row[0], int(row[1]) * MIB, row[2]) for row in rows if len(row) == 3 and row[1].isdigit()]
