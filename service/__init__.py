@@ -1,0 +1,1 @@
+"""The HTTP service: plans, jobs, profiles, files and dashboards over one database."""

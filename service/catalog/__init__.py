@@ -1,0 +1,1 @@
+"""The model and GPU catalogs over HTTP."""

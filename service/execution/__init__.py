@@ -1,0 +1,1 @@
+"""Running attempts on the devices of this host: scheduler, supervisor, reconciliation."""

@@ -1,0 +1,1 @@
+"""Uploaded training data, in the shape of the OpenAI files API."""

@@ -1,0 +1,1 @@
+"""Jobs: submission, admission, states, and what a run leaves behind."""

@@ -1,0 +1,1 @@
+"""Plans: computed in a warm worker process, content-addressed, immutable."""

@@ -1,0 +1,1 @@
+"""What finished jobs measured, and how far it was from the plan."""

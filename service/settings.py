@@ -1,0 +1,116 @@
+"""Every setting of the service, from ``CHUNKPLAN_*`` variables or a TOML file (``CHUNKPLAN_SETTINGS_FILE``)."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+MEBIBYTE = 1 << 20
+GIBIBYTE = 1 << 30
+
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Settings(BaseSettings):
+    """Settings of one server process."""
+
+    model_config = SettingsConfigDict(env_prefix="CHUNKPLAN_", frozen=True, extra="ignore", validate_default=True)
+
+    data_dir: AbsolutePath = Path("var")
+    """Everything that the service writes: database, uploads, runs, locks."""
+    database_url: str = Field(default_factory=lambda data: f"sqlite:///{data['data_dir'] / 'chunkplan.db'}")
+    """``sqlite:///PATH`` or ``postgresql://…``."""
+    models_dir: AbsolutePath = Field(default_factory=lambda data: data["data_dir"] / "models")
+    """A catalog id resolves to the folder of that name in here when a job trains it."""
+    model_roots: list[AbsolutePath] = [Path(".")]
+    """Model folders given by path must lie below one of these (``models_dir`` is always allowed)."""
+    dataset_roots: list[AbsolutePath] = [Path(".")]
+    """Datasets given by path must lie below one of these (``data_dir`` is always allowed)."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8321
+    """0 takes a free port."""
+    trusted_network: bool = False
+    """Allows a host other than loopback although requests carry no keys: only where the network itself is
+    closed, such as in a container whose port is published on the host's loopback."""
+    log_format: str = Field("console", pattern="^(console|json)$")
+
+    max_body_bytes: Annotated[int, Field(gt=0)] = 2 * MEBIBYTE
+    max_upload_bytes: Annotated[int, Field(gt=0)] = 4 * GIBIBYTE
+    max_timeline_points: Annotated[int, Field(gt=0)] = 5_000
+
+    plan_timeout_seconds: Seconds = 120.0
+    """A plan that takes longer is abandoned and its worker process replaced."""
+    plan_queue_seconds: Seconds = 60.0
+    """How long a request waits for the planner before it is told to come back."""
+
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """Failed attempts in a row, none of which got past the checkpoint it started from, that end a job."""
+    lease_seconds: Seconds = 30.0
+    stop_grace_seconds: Seconds = 120.0
+    """Between the request to stop and the kill."""
+    retry_delay_seconds: Seconds = 5.0
+    """Before a requeued job is tried again."""
+    poll_seconds: Seconds = 0.25
+    """How often the supervisor looks after its attempts, and streams after new events."""
+
+    samples_retention_days: Annotated[int, Field(ge=1)] = 30
+    """Raw profile samples and step events are deleted after this; metrics and residuals stay."""
+    idempotency_retention_hours: Annotated[int, Field(ge=1)] = 24
+
+    @model_validator(mode="after")
+    def _open_hosts_are_explicit(self) -> Settings:
+        if not _is_loopback(self.host) and not self.trusted_network:
+            raise ValueError(
+                f"host {self.host!r} is not loopback and requests are not authenticated: bind to 127.0.0.1, or set "
+                "CHUNKPLAN_TRUSTED_NETWORK=true where the network itself is closed"
+            )
+        return self
+
+    @property
+    def runs_dir(self) -> Path:
+        """One folder per job."""
+        return self.data_dir / "jobs"
+
+    @property
+    def files_dir(self) -> Path:
+        """Uploads."""
+        return self.data_dir / "files"
+
+    @property
+    def locks_dir(self) -> Path:
+        """Device locks."""
+        return self.data_dir / "locks"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over the environment, the environment over the file."""
+        file: dict[str, Any] = {"toml_file": os.environ.get("CHUNKPLAN_SETTINGS_FILE")}
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, **file)
