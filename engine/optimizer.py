@@ -34,9 +34,10 @@ class SliceStates:
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: its own number of updates, and its slices' moments where they live now."""
+    """One chunk's states: its own number of updates, the run's number of its last one, its slices' moments where they live now."""
 
     num_updates: int = 0
+    last_update: int = -1
     host: dict[int, SliceStates] = field(default_factory=dict)
     device: dict[int, SliceStates] = field(default_factory=dict)
 
@@ -66,7 +67,9 @@ class ChunkAdamW:
         states = self.chunks.setdefault(visit.chunk_index, ChunkStates())
         if visit.is_first and self.config.states == "reset":
             states.num_updates = 0
+            states.host.clear()
         states.num_updates += 1
+        states.last_update = visit.update
         for position, piece in enumerate(active):
             if piece.tensor.grad is not None:
                 self.update_slice(states, position, piece, learning_rate)

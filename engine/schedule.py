@@ -14,6 +14,8 @@ from engine.spec import Order
 class Visit:
     """Where an optimizer update stands in the schedule."""
 
+    update: int
+    """Number of the update, from 0."""
     cycle: int
     """Cycles completed before this update."""
     chunk_index: int
@@ -50,7 +52,7 @@ class Schedule:
         """The visit that update number ``update`` (from 0) belongs to."""
         cycle, within = divmod(update, self.updates_per_cycle)
         turn, repeat = divmod(within, self.switch_every)
-        return Visit(cycle, self.cycle_order(cycle)[turn], repeat == 0, repeat == self.switch_every - 1)
+        return Visit(update, cycle, self.cycle_order(cycle)[turn], repeat == 0, repeat == self.switch_every - 1)
 
 
 def rate_factor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -101,7 +101,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], options: StepOptions) -> tuple[float, int]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions) -> tuple[float, int]:
     """Mean loss per counted token over the batches, and the number of those tokens."""
     was_training = model.training
     model.eval()

@@ -1,0 +1,198 @@
+"""Checkpoints: complete or absent, checked when read, incremental by chunk.
+
+A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer states of its slices), and
+``manifest.json`` with the position, the random states, and every file's size and SHA-256. It is written under a temporary name,
+synced, and renamed. Files of chunks that did not change since the previous checkpoint are hard links to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.files import sha256_file, sync_path
+from engine.optimizer import ChunkStates, SliceStates, host_empty
+from engine.tuner import ChunkFT
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or belongs to another run; the message says what is wrong with which file."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """What was written: where, how much, and the digest of its manifest."""
+
+    step: int
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+def save_checkpoint(tuner: ChunkFT, folder: Path, fingerprint: str, keep: int = 2) -> SavedCheckpoint:
+    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; older checkpoints beyond ``keep`` are removed.
+
+    Args:
+        tuner: between two updates.
+        folder: where the run's checkpoints live.
+        fingerprint: digest of everything that must be the same on resume (model, data, training spec).
+        keep: complete checkpoints to leave, this one included.
+    """
+    final = folder / f"step-{tuner.num_updates:08d}"
+    temporary = folder / f".{final.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    newest, previous = _previous_files(folder)
+    files: dict[str, dict[str, Any]] = {}
+    for index, states in sorted(tuner.optimizer.chunks.items()):
+        name = f"chunk-{index:05d}.safetensors"
+        known = previous.get(name)
+        if newest is not None and known is not None and known["last_update"] == states.last_update:
+            os.link(newest / name, temporary / name)
+            files[name] = known
+        else:
+            save_file(_chunk_tensors(tuner, index, states), temporary / name)
+            files[name] = _describe(temporary / name, index, states)
+    manifest = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint,
+        "num_updates": tuner.num_updates,
+        "random_states": _random_states(),
+        "files": files,
+    }
+    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    sync_path(temporary / _MANIFEST)
+    sync_path(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync_path(folder)
+    for old in _complete(folder)[keep:]:
+        shutil.rmtree(old)
+    size_bytes = sum(int(entry["size_bytes"]) for entry in files.values())
+    return SavedCheckpoint(tuner.num_updates, final, size_bytes, sha256_file(final / _MANIFEST))
+
+
+def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> tuple[int, list[str]]:
+    """Load the newest checkpoint that is whole into a tuner built on the base model.
+
+    Returns:
+        The update that training goes on after (0: there is no usable checkpoint), and one sentence for every
+        checkpoint that was passed over.
+
+    Raises:
+        CheckpointError: the newest whole checkpoint belongs to another run.
+    """
+    passed_over = []
+    for candidate in _complete(folder):
+        try:
+            manifest = _checked_manifest(candidate)
+        except CheckpointError as damage:
+            passed_over.append(str(damage))
+            continue
+        if manifest["fingerprint"] != fingerprint:
+            raise CheckpointError(f"{candidate.name} was written with another model, data set or training spec")
+        for name, entry in manifest["files"].items():
+            _load_chunk(tuner, candidate / name, entry)
+        tuner.num_updates = int(manifest["num_updates"])
+        _restore_random_states(manifest["random_states"])
+        return tuner.num_updates, passed_over
+    return 0, passed_over
+
+
+def _previous_files(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest readable checkpoint and the files of its manifest."""
+    for candidate in _complete(folder):
+        try:
+            return candidate, _read_manifest(candidate)["files"]
+        except CheckpointError:
+            continue
+    return None, {}
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoint folders with a manifest, newest first."""
+    found = [path for path in folder.glob("step-*") if (path / _MANIFEST).is_file()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: its manifest cannot be read") from error
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{path.name}: format {manifest.get('format')!r} is not {_FORMAT}")
+    return manifest
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["size_bytes"] or sha256_file(file) != entry["sha256"]:
+            raise CheckpointError(f"{path.name}: {name} is damaged or missing")
+    return manifest
+
+
+def _describe(file: Path, index: int, states: ChunkStates) -> dict[str, Any]:
+    sync_path(file)
+    return {
+        "chunk_index": index,
+        "num_updates": states.num_updates,
+        "last_update": states.last_update,
+        "size_bytes": file.stat().st_size,
+        "sha256": sha256_file(file),
+    }
+
+
+def _chunk_tensors(tuner: ChunkFT, index: int, states: ChunkStates) -> dict[str, Tensor]:
+    """The chunk's weights, and its moments from wherever they are now."""
+    tensors: dict[str, Tensor] = {}
+    for position, piece in enumerate(tuner.chunks[index].slices):
+        flat = tuner.stream.parameters[piece.index].detach().view(-1)
+        tensors[f"weight.{position}"] = flat[piece.start : piece.stop].cpu()
+        moments = states.device.get(position) or states.host.get(position)
+        if moments is not None:
+            tensors[f"exp_avg.{position}"] = moments.exp_avg.cpu()
+            tensors[f"exp_avg_sq.{position}"] = moments.exp_avg_sq.cpu()
+    return tensors
+
+
+def _load_chunk(tuner: ChunkFT, file: Path, entry: dict[str, Any]) -> None:
+    index = int(entry["chunk_index"])
+    tensors = load_file(file)
+    states = ChunkStates(int(entry["num_updates"]), int(entry["last_update"]))
+    device = tuner.stream.parameters[0].device
+    for position, piece in enumerate(tuner.chunks[index].slices):
+        flat = tuner.stream.parameters[piece.index].detach().view(-1)
+        flat[piece.start : piece.stop].copy_(tensors[f"weight.{position}"])
+        if f"exp_avg.{position}" in tensors:
+            home = SliceStates(host_empty(piece.numel, device), host_empty(piece.numel, device))
+            home.exp_avg.copy_(tensors[f"exp_avg.{position}"])
+            home.exp_avg_sq.copy_(tensors[f"exp_avg_sq.{position}"])
+            states.host[position] = home
+    tuner.optimizer.chunks[index] = states
+
+
+def _random_states() -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: bytes(state.tolist()).hex() for name, state in states.items()}
+
+
+def _restore_random_states(states: dict[str, str]) -> None:
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["cpu"])), dtype=torch.uint8))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(states["cuda"])), dtype=torch.uint8))

@@ -1,0 +1,180 @@
+"""What a run's memory really did: the allocator's own record by phase, host memory, seconds.
+
+On the CPU the record comes from torch's profiler: every memory event carries the allocator's running total. It counts blocks allocated while
+a window is open, so the first window must be open while the model is loaded. On CUDA it comes from torch.cuda's memory
+statistics. Nothing here looks at the planner: measured and predicted come from different sources.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, RecordScope, _EventType, _ExperimentalConfig
+from torch.profiler import record_function
+
+_PHASE_PREFIX = "chunkplan."
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Peaks of one phase of one step, bytes; seconds spent in it. A phase that ran more than once has its maxima and total time."""
+
+    phase: str
+    allocated_bytes: int
+    reserved_bytes: int
+    host_bytes: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON line."""
+        return asdict(self)
+
+    def merge(self, other: Sample) -> Sample:
+        """The two samples of a phase as one."""
+        return Sample(
+            self.phase,
+            max(self.allocated_bytes, other.allocated_bytes),
+            max(self.reserved_bytes, other.reserved_bytes),
+            max(self.host_bytes, other.host_bytes),
+            self.seconds + other.seconds,
+        )
+
+
+class Profiler(Protocol):
+    """Observer of steps that measures."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Context of one phase."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Context of one optimizer update with all its micro-batches (or of loading)."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Samples of the last completed step, in order of first appearance."""
+
+
+class CpuProfiler:
+    """Reads torch's CPU allocator through profiler memory events. Allocated is reserved: there is no cache."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self._phases: list[tuple[str, int, float]] = []
+        self._live_bytes = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Record one window; afterwards :attr:`samples` holds its phases."""
+        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+        self._phases = []
+        _prepare_profiler(config, {ProfilerActivity.CPU})
+        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
+        try:
+            yield
+        finally:
+            self.samples = self._read(_disable_profiler())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Mark the phase in the profiler's record; watch the process's high-water mark meanwhile."""
+        reset_host_peak()
+        begin = time.perf_counter()
+        with record_function(_PHASE_PREFIX + name):
+            yield
+        self._phases.append((name, host_peak_bytes(), time.perf_counter() - begin))
+
+    def _read(self, result: Any) -> list[Sample]:
+        totals: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int, str]] = []
+        pending = list(result.experimental_event_tree())
+        while pending:
+            event = pending.pop()
+            pending.extend(event.children)
+            kind, fields = event.typed
+            if kind == _EventType.Allocation:
+                totals.append((event.start_time_ns, fields.total_allocated))
+            elif event.name.startswith(_PHASE_PREFIX):
+                ranges.append((event.start_time_ns, event.end_time_ns, event.name.removeprefix(_PHASE_PREFIX)))
+        peaks = self._peaks(sorted(totals), sorted(ranges))
+        merged: dict[str, Sample] = {}
+        for (name, host, seconds), peak in zip(self._phases, peaks, strict=True):
+            sample = Sample(name, peak, peak, host, seconds)
+            merged[name] = merged[name].merge(sample) if name in merged else sample
+        return list(merged.values())
+
+    def _peaks(self, totals: list[tuple[int, int]], ranges: list[tuple[int, int, str]]) -> list[int]:
+        """Highest running total within each range; what was live when it began counts too."""
+        peaks, position, live = [], 0, self._live_bytes
+        for begin, end, _ in ranges:
+            while position < len(totals) and totals[position][0] < begin:
+                live = totals[position][1]
+                position += 1
+            peak = live
+            while position < len(totals) and totals[position][0] <= end:
+                live = totals[position][1]
+                peak = max(peak, live)
+                position += 1
+            peaks.append(peak)
+        self._live_bytes = totals[-1][1] if totals else live
+        return peaks
+
+
+class CudaProfiler:
+    """Reads torch.cuda's allocator statistics at the borders of phases."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.samples: list[Sample] = []
+        self._device = device
+        self._merged: dict[str, Sample] = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One window; afterwards :attr:`samples` holds its phases."""
+        self._merged = {}
+        yield
+        self.samples = list(self._merged.values())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Reset the peaks, run the phase to its end on the device, read the peaks."""
+        reset_host_peak()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        begin = time.perf_counter()
+        yield
+        torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - begin
+        allocated = torch.cuda.max_memory_allocated(self._device)
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        sample = Sample(name, allocated, reserved, host_peak_bytes(), seconds)
+        self._merged[name] = self._merged[name].merge(sample) if name in self._merged else sample
+
+
+def profiler_for(device: str) -> CpuProfiler | CudaProfiler:
+    """The profiler of a device, ``cpu`` or ``cuda:N``."""
+    return CpuProfiler() if device == "cpu" else CudaProfiler(torch.device(device))
+
+
+def reset_host_peak() -> None:
+    """Start the kernel's high-water mark of this process's resident memory anew (Linux; elsewhere the mark only rises)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def host_peak_bytes() -> int:
+    """High-water mark of this process's resident memory, bytes; 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    line = next((row for row in status.splitlines() if row.startswith("VmHWM:")), None)
+    return int(line.split()[1]) * 1024 if line else 0

@@ -1,0 +1,254 @@
+"""One training attempt from its spec to its exported model, told top-down.
+
+The trainer reports what happens through a function that takes an event's type and fields (docs/architecture.md lists them); it neither
+prints nor knows who listens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import resume, save_checkpoint
+from engine.coverage import parameter_digests, updated_share
+from engine.data import Batches, DatasetSplits, Example, collate, load_dataset
+from engine.export import ModelCard, export_model
+from engine.files import sha256_file, sha256_text
+from engine.models import load_model, load_tokenizer, pad_token_id
+from engine.profiler import Sample, profiler_for
+from engine.schedule import rate_factor
+from engine.spec import RunSpec, ScheduleSpec
+from engine.step import check_fused_loss, evaluate, num_counted_tokens
+from engine.tuner import ChunkFT
+
+Report = Callable[..., None]
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Held-out loss at a step."""
+
+    step: int
+    loss: float
+
+
+class Trainer:
+    """Runs one attempt of a job in ``run_dir``.
+
+    Args:
+        run: the resolved job.
+        run_dir: holds ``checkpoints/`` and ``artifacts/``.
+        report: called as ``report(type, **fields)``.
+        stop_requested: asked after every update; true means checkpoint and stop.
+    """
+
+    def __init__(self, run: RunSpec, run_dir: Path, report: Report, stop_requested: Callable[[], bool]) -> None:
+        assert isinstance(run.training.schedule, ScheduleSpec)
+        self.run = run
+        self.training = run.training
+        self.schedule = run.training.schedule
+        self.run_dir = run_dir
+        self.report = report
+        self.stop_requested = stop_requested
+        self.evaluations: list[Evaluation] = []
+        self.losses: list[float] = []
+        self.peak_allocated_bytes = 0
+
+    def train(self) -> str:
+        """Train to the end or to a requested stop; returns ``completed`` or ``stopped``.
+
+        Raises:
+            InputError: model or data cannot be used.
+            Diverged: the loss is not finite.
+        """
+        self._load()
+        resumed_step = self._resume()
+        self._report_started(resumed_step)
+        if resumed_step == 0:
+            self._evaluate(0)
+        while self.tuner.num_updates < self.total_steps:
+            self._update()
+            step = self.tuner.num_updates
+            stopping = self.stop_requested() and step < self.total_steps
+            if stopping or (step % self._checkpoint_every == 0 and step < self.total_steps):
+                self._save()
+            if stopping:
+                self.report("finished", step=step, reason="stopped")
+                return "stopped"
+            if self.training.eval_every and step % self.training.eval_every == 0 and step < self.total_steps:
+                self._evaluate(step)
+        self.tuner.close()
+        self._evaluate(self.total_steps)
+        self._report_coverage()
+        self._export()
+        self.report("finished", step=self.total_steps, reason="completed")
+        return "completed"
+
+    def _load(self) -> None:
+        run, training = self.run, self.training
+        torch.manual_seed(training.seed)
+        self.tokenizer = load_tokenizer(run.model_path)
+        self.splits: DatasetSplits = load_dataset(
+            Path(run.dataset_path), run.dataset_format, self.tokenizer, training.seq_len, run.eval_fraction, training.seed
+        )
+        self.batches = Batches(self.splits.train, training.micro_batch_size, training.seed)
+        self.profiler = profiler_for(run.device)
+        with self.profiler.step(), self.profiler.phase("load"):
+            self.model = load_model(run.model_path, training.precision, training.attention, run.device)
+        self.load_samples = self.profiler.samples
+        self.base_digests = parameter_digests(self.model)
+        if training.loss == "fused":
+            check_fused_loss(self.model)
+        self.tuner = ChunkFT(
+            self.model,
+            self.schedule.num_chunks,
+            self._learning_rate,
+            order=self.schedule.order,
+            switch_every=self.schedule.switch_every,
+            states=self.schedule.states,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            loss=training.loss,
+            activation_checkpointing=training.activation_checkpointing,
+            seed=training.seed,
+            observer=self.profiler,
+        )
+        updates_per_epoch = self.batches.num_batches_per_epoch / training.gradient_accumulation_steps
+        self.total_steps = training.max_steps or max(1, math.ceil((training.epochs or 1.0) * updates_per_epoch))
+        self._checkpoint_every = training.checkpoint_every or self.tuner.schedule.updates_per_cycle
+
+    def _learning_rate(self, update: int) -> float:
+        cycle_length = self.schedule.num_chunks * self.schedule.switch_every
+        num_cycles = math.ceil(self.total_steps / cycle_length)
+        training = self.training
+        factor = rate_factor(training.lr_schedule, update // cycle_length, num_cycles, training.warmup_ratio)
+        return training.learning_rate * factor
+
+    def _fingerprint(self) -> str:
+        spec = self.training.model_dump_json(exclude={"checkpoint_every", "eval_every"})
+        shapes = repr([(info.name, info.shape) for info in self.tuner.stream.infos])
+        return sha256_text("\n".join([spec, shapes, self.splits.stats.sha256]))
+
+    def _resume(self) -> int:
+        step, passed_over = resume(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
+        for sentence in passed_over:
+            self.report("warning", detail=f"checkpoint passed over: {sentence}")
+        return step
+
+    def _update(self) -> None:
+        """One optimizer update: its micro-batches, then the step."""
+        tuner = self.tuner
+        visit, rate = tuner.visit, self._learning_rate(tuner.num_updates)
+        begin = time.perf_counter()
+        with self.profiler.step():
+            with self.profiler.phase("load"):
+                micro_batches = self._micro_batches(tuner.num_updates)
+                denominator = max(sum(num_counted_tokens(batch["labels"]) for batch in micro_batches), 1)
+            loss = sum(float(tuner.backward(batch, denominator)) for batch in micro_batches)
+            if not math.isfinite(loss):
+                raise Diverged(f"loss is {loss} at update {tuner.num_updates + 1}, chunk {visit.chunk_index}")
+            norm = tuner.step()
+            num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+            del micro_batches
+        seconds = time.perf_counter() - begin
+        self.losses.append(loss)
+        samples, self.load_samples = [*self.load_samples, *self.profiler.samples], []
+        self._report_step(visit.chunk_index, visit.cycle, loss, rate, norm, num_tokens, seconds, samples)
+
+    def _micro_batches(self, update: int) -> list[dict[str, Tensor]]:
+        count = self.training.gradient_accumulation_steps
+        return [self._tensors(self.batches.batch(update * count + i)) for i in range(count)]
+
+    def _tensors(self, examples: list[Example]) -> dict[str, Tensor]:
+        batch = collate(examples, pad_token_id(self.tokenizer), self.training.seq_len)
+        return {name: tensor.to(self.run.device) for name, tensor in batch.items()}
+
+    def _evaluate(self, step: int) -> None:
+        held_out = self.splits.evaluation
+        if not held_out:
+            return
+        size = self.training.micro_batch_size
+        batches = (self._tensors(held_out[i : i + size]) for i in range(0, len(held_out), size))
+        loss, num_tokens = evaluate(self.model, ((b["input_ids"], b["labels"]) for b in batches), self.tuner.options)
+        self.evaluations.append(Evaluation(step, loss))
+        perplexity = math.exp(min(loss, 700.0))
+        self.report("eval", step=step, loss=loss, perplexity=perplexity, num_tokens=num_tokens)
+
+    def _save(self) -> None:
+        saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
+        path = saved.path.relative_to(self.run_dir)
+        self.report("checkpoint", step=saved.step, path=str(path), size_bytes=saved.size_bytes, sha256=saved.sha256)
+
+    def _report_started(self, resumed_step: int) -> None:
+        stats = self.splits.stats
+        self.report(
+            "started",
+            device=self.run.device,
+            num_parameters=self.tuner.stream.num_parameters,
+            num_chunks=self.schedule.num_chunks,
+            total_steps=self.total_steps,
+            resumed_step=resumed_step,
+            dataset={
+                "num_rows": stats.num_rows,
+                "num_train_rows": stats.num_train_rows,
+                "num_eval_rows": stats.num_eval_rows,
+                "num_truncated_rows": stats.num_truncated_rows,
+                "num_skipped_rows": stats.num_skipped_rows,
+                "sha256": stats.sha256,
+            },
+        )
+
+    def _report_step(
+        self, chunk_index: int, visit: int, loss: float, rate: float, norm: float | None, num_tokens: int,
+        seconds: float, samples: list[Sample],
+    ) -> None:  # fmt: skip
+        step = self.tuner.num_updates
+        self.peak_allocated_bytes = max([self.peak_allocated_bytes, *(s.allocated_bytes for s in samples)])
+        self.report(
+            "step",
+            step=step,
+            total_steps=self.total_steps,
+            chunk_index=chunk_index,
+            visit=visit,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_tokens=num_tokens,
+            seconds=seconds,
+            eta_seconds=(self.total_steps - step) * seconds,
+            samples=[sample.as_dict() for sample in samples],
+        )
+
+    def _report_coverage(self) -> None:
+        num_updated, not_updated = updated_share(self.model, self.base_digests)
+        self.report(
+            "coverage", num_tensors=len(self.base_digests), num_tensors_updated=num_updated, not_updated=not_updated
+        )
+
+    def _export(self) -> None:
+        folder = self.run_dir / "artifacts" / self.run.output_name
+        for file in export_model(self.model, self.tokenizer, folder, self._card()):
+            path = Path(file.path)
+            name = path.relative_to(folder) if path.is_absolute() else path
+            full = folder / name
+            self.report(
+                "artifact",
+                name=str(name),
+                path=str(full.relative_to(self.run_dir)),
+                size_bytes=full.stat().st_size,
+                sha256=sha256_file(full),
+            )
+
+    def _card(self) -> ModelCard:
+        raise RuntimeError

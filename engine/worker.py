@@ -1,0 +1,134 @@
+"""Runs one training attempt: ``python -m engine.worker --run-dir RUN --attempt N [--lock-file FILE]``.
+
+docs/architecture.md describes the protocol: RUN/job.json in, RUN/attempts/N/events.jsonl out, exit codes, signals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from engine.errors import InputError
+from engine.spec import RunSpec, parse
+
+EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_DEVICE_BUSY = 0, 1, 75, 76
+_PR_SET_PDEATHSIG = 1
+
+
+class EventFile:
+    """Appends one JSON object per line, flushed per line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Write one event with the current time."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self._file.write(json.dumps({"type": kind, "time": time, **fields}) + "\n")
+        self._file.flush()
+
+
+class StopRequest:
+    """SIGTERM once: checkpoint and stop. Twice: stop now."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(EXIT_FAILED)
+        self.requested = True
+
+    def __call__(self) -> bool:
+        """True once a stop was requested."""
+        return self.requested
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies (Linux), and make sure that it had not died before."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def lock_device(path: Path) -> IO[str] | None:
+    """Hold the device's lock for as long as the returned file is open; None when somebody else has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Callable[[], bool]) -> int:
+    """Train; turn what can go wrong into one ``failed`` event. Returns the exit code."""
+    try:
+        run = parse(RunSpec, (run_dir / "job.json").read_text())
+        from engine.trainer import Trainer
+
+        report("loading")
+        outcome = Trainer(run, run_dir, report, stop_requested).train()
+    except InputError as error:
+        report("failed", reason="input", field=error.field, detail=error.message)
+        raise
+    except Exception as error:
+        report("failed", reason=failure_reason(error), detail=one_line(error))
+        raise
+    return EXIT_COMPLETED if outcome == "completed" else EXIT_STOPPED
+
+
+def one_line(error: Exception) -> str:
+    """Type and first line of an error's message."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def failure_reason(error: Exception) -> str:
+    """The reason code of a failed event."""
+    from torch import OutOfMemoryError
+
+    from engine.trainer import Diverged
+
+    if isinstance(error, Diverged):
+        return "diverged"
+    if isinstance(error, OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "out_of_memory"
+    return "error"
+
+
+def main() -> int:
+    """Entry point of the subprocess."""
+    parser = argparse.ArgumentParser(prog="python -m engine.worker", description="Run one training attempt.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
+    parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")
+    parser.add_argument("--lock-file", type=Path, help="exclusive lock of the device")
+    arguments = parser.parse_args()
+    stop = StopRequest()
+    die_with_parent()
+    lock = lock_device(arguments.lock_file) if arguments.lock_file else None
+    if arguments.lock_file and lock is None:
+        print("the device is in use by another trainer", file=sys.stderr)
+        return EXIT_DEVICE_BUSY
+    report = EventFile(arguments.run_dir / "attempts" / str(arguments.attempt) / "events.jsonl")
+    return run_attempt(arguments.run_dir, report, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
