@@ -1,0 +1,103 @@
+"""Splits, batches and tensors."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from engine.data import Batches, Example, collate, load_dataset
+from engine.errors import InputError
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def load(tmp_path):
+    def run(rows, seq_len=64, eval_fraction=0.0, seed=0):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_dataset(path, "auto", tiny_tokenizer(), seq_len, eval_fraction, seed)
+
+    return run
+
+
+def test_rows_are_split_truncated_skipped_and_counted(load):
+    short = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    cut = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello" * 200}]}
+    lost = {"messages": [{"role": "user", "content": "hi" * 400}, {"role": "assistant", "content": "hello"}]}
+    splits = load([short] * 17 + [cut] * 2 + [lost], seq_len=160, eval_fraction=0.1)
+    stats = splits.stats
+    assert (stats.num_rows, stats.num_train_rows, stats.num_eval_rows) == (20, 17, 2)
+    assert (stats.num_truncated_rows, stats.num_skipped_rows) == (3, 1)
+    assert (len(splits.train), len(splits.evaluation)) == (17, 2)
+    assert max(len(example.input_ids) for example in splits.train + splits.evaluation) == 160
+
+
+def test_the_split_depends_on_the_seed_alone(load):
+    rows = [{"text": f"row {number}"} for number in range(100)]
+    first, again, other = load(rows, 64, 0.2), load(rows, 64, 0.2), load(rows, 64, 0.2, seed=1)
+    assert first == again
+    assert first.evaluation != other.evaluation
+    held_out = {tuple(example.input_ids) for example in first.evaluation}
+    assert len(held_out) == 20
+    assert held_out.isdisjoint(tuple(example.input_ids) for example in first.train)
+
+
+def test_at_least_one_row_is_held_out_and_one_is_trained(load):
+    assert [len(s) for s in (lambda d: (d.train, d.evaluation))(load([{"text": "a b"}] * 2, 64, 0.01))] == [1, 1]
+    assert load([{"text": "a b"}], 64, 0.9).stats.num_eval_rows == 0
+    assert load([{"text": "a b"}] * 2, 64, 0.99).stats.num_train_rows == 1
+
+
+def test_a_dataset_with_nothing_to_train_is_refused(load):
+    with pytest.raises(InputError, match="none of the 2 rows has a token to train within seq_len 4"):
+        load([{"prompt": "a" * 50, "completion": "b"}] * 2, seq_len=4)
+
+
+def test_a_refused_conversation_names_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    tokenizer = tiny_tokenizer("{{ raise_exception('users may not speak') }}")
+    with pytest.raises(InputError, match=r"^dataset.path: line 1: the model's chat template refuses .* may not speak"):
+        load_dataset(path, "auto", tokenizer, 64, 0.0, 0)
+
+
+def numbered(count):
+    return [Example([number], [number]) for number in range(count)]
+
+
+def test_an_epoch_shows_every_example_once_and_wraps_into_the_next():
+    batches = Batches(numbered(10), micro_batch_size=4, seed=3)
+    assert batches.num_batches_per_epoch == 3
+    stream = [example.input_ids[0] for index in range(5) for example in batches.batch(index)]
+    assert sorted(stream[:10]) == list(range(10))
+    assert sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+
+
+def test_a_batch_is_a_function_of_its_index():
+    forward = [Batches(numbered(7), 3, seed=5).batch(index) for index in range(20)]
+    batches = Batches(numbered(7), 3, seed=5)
+    assert [batches.batch(index) for index in reversed(range(20))] == forward[::-1]
+    assert [Batches(numbered(7), 3, seed=6).batch(index) for index in range(20)] != forward
+
+
+def test_a_batch_may_be_larger_than_the_dataset():
+    batch = Batches(numbered(3), micro_batch_size=7, seed=0).batch(0)
+    assert Counter(example.input_ids[0] for example in batch[:6]) == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize(("length", "seq_len", "width"), [(1, 512, 64), (64, 512, 64), (65, 512, 128), (65, 100, 100)])
+def test_tensors_are_padded_to_a_multiple_of_64(length, seq_len, width):
+    inputs = collate([Example([5] * length, [-100] * (length - 1) + [5]), Example([6], [6])], 2, seq_len)
+    assert inputs["input_ids"].shape == inputs["labels"].shape == (2, width)
+    assert inputs["input_ids"][1].tolist() == [6] + [2] * (width - 1)
+    assert inputs["labels"][1].tolist() == [6] + [-100] * (width - 1)
+    assert inputs["labels"][0, length - 1] == 5
+
+
+def test_padding_does_not_change_the_loss():
+    model = tiny_llama()
+    example = Example(list(range(10, 50)), list(range(10, 50)))
+    padded = collate([example], pad_token_id=2, seq_len=512)
+    bare = {key: value[:, :40] for key, value in padded.items()}
+    assert model(**padded).loss.item() == pytest.approx(model(**bare).loss.item(), rel=1e-6)
