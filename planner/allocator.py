@@ -2,7 +2,7 @@
 
 Follows c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13, default settings but for ``expandable_segments``):
 rounding, best fit by (size, address), splitting, merging, release of unsplit segments before giving up. Not modelled:
-``record_stream`` (a block is reusable as soon as it is freed), ``max_split_size_mb``, garbage collection, private pools.
+``record_stream`` (a block is reusable once it is freed), ``max_split_size_mb``, garbage collection, private pools.
 All sizes are bytes. Pure: no I/O, no torch.
 """
 
@@ -285,7 +285,7 @@ def _split(block: _Block, size: int) -> None:
 
 
 def _merge(block: _Block, state: int) -> _Block:
-    """Join ``block`` (in no list) with the neighbours of its segment that are in ``state``; returns the joined block."""
+    """Join ``block`` (in no list) with the neighbours of its segment that are in ``state``; returns the result."""
     pool = block.pool
     before = block.previous
     if before is not None and before.state == state:
@@ -334,7 +334,7 @@ def _lowest_run(pool: _Pool, size: int) -> _Block:
 
 
 def _least_expandable(blocks: list[_Block], at: int) -> int:
-    """Among the blocks from ``at`` on, walk to one that could grow less: a block before unmapped space counts with it."""
+    """Among the blocks from ``at`` on, walk to one that could grow less (unmapped space behind a block counts)."""
     while at + 1 < len(blocks) and _expandable_size(blocks[at + 1]) < _expandable_size(blocks[at]):
         at += 1
     return at
