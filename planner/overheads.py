@@ -56,11 +56,12 @@ _CONTEXT = (
     _Row("9.0", 560, "unmeasured; upper end of the 0.4-0.6 GiB that issue reports give for data-centre cards"),
     _Row("10.0", 640, "unmeasured; sm_90 scaled by 148 multiprocessors"),
     _Row("12.0", 340, "RTX 5060 Ti: nvidia-smi less torch's allocated bytes in public logs, 334 MiB"),
-    _Row("12.0", 620, "RTX 5090: 1.09 GiB between NVML and reserved (published_peaks P13, P14) less 494 MiB of the driver",
-         from_memory_mib=24_000),
+    _Row(
+        "12.0", 620, "RTX 5090: NVML less reserved (published_peaks P13, P14) less the driver", from_memory_mib=24_000
+    ),
     _Row("gfx90a", 640, "unmeasured; the largest CUDA value"),
     _Row("gfx942", 640, "unmeasured; the largest CUDA value"),
-)  # fmt: skip
+)
 
 _CUBLAS_SOURCE = (
     "aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize (:4096:2:16:8; 32 MiB on Hopper, Blackwell)"
