@@ -52,7 +52,11 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
         parsed.use_cache = False
         with torch.device("meta"), torch.no_grad():
             model = AutoModelForCausalLM.from_config(parsed, dtype=DTYPES[precision], attn_implementation=attention)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except ValueError as error:
+        if "attention implementation" in str(error):
+            raise InputError("training.attention", f"this architecture does not support {attention!r}; use 'eager'") from error
+        raise InputError("model.config", f"transformers cannot build it: {str(error).splitlines()[0]}") from error
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InputError("model.config", f"transformers cannot build it: {str(error).splitlines()[0]}") from error
     model.train()
     return model

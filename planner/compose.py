@@ -1,0 +1,172 @@
+"""From traced blocks to the footprint of a whole step: repeats the layers that stand for many, and sums up. Pure.
+
+A repeated layer refers to its neighbours' memory (it frees its predecessor's output, say). In the trace such a reference names a block by the
+segment it was born in and its number there; here the same number is looked up in the neighbour's copy, which is the same kind of layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from planner.segments import CATEGORIES, HEAD, Block, LayerRun, Segment, StepTrace
+
+GRADIENTS = CATEGORIES.index("gradients")
+
+
+class CompositionError(RuntimeError):
+    """The traced layers do not repeat: the whole model must be traced."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedSegment:
+    """One segment of the whole step: its traced segment, the real layer it is (or a place outside the layers), and its events.
+
+    Events are (block number, size in bytes, category); a negative size frees the block.
+    """
+
+    phase: str
+    place: int
+    events: list[tuple[int, int, int]]
+    traced: Segment
+
+
+def compose(trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[int], itemsize: int) -> list[ComposedSegment]:
+    """The step's segments in order of time, for all layers.
+
+    Args:
+        trace: of the distinct layers of ``runs``.
+        runs: the layers of the whole model.
+        slice_numels: elements of the chunk's slices: gradients of cut ones are scaled from the traced sizes.
+        itemsize: bytes per element of a gradient.
+
+    Raises:
+        CompositionError: a reference between layers cannot be resolved.
+    """
+    layers = _Layers.of(runs)
+    born = _births(trace)
+    blocks = [_scaled(block, trace, slice_numels, itemsize) for block in trace.blocks]
+    numbers: dict[tuple[str, int, int], int] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    composed = []
+    for segment, here in _copies(trace.segments, layers):
+        shared = _freed_everywhere(segment, born, layers)
+        events: list[tuple[int, int, int]] = []
+        for event in segment.events:
+            if event >= 0:
+                number = len(sizes)
+                block = blocks[event]
+                numbers[segment.phase, here, born[event][2]] = number
+                sizes[number] = (block.size_bytes, block.category)
+                events.append((number, block.size_bytes, block.category))
+                continue
+            phase, _, ordinal = birth = born[-1 - event]
+            for target in _targets(segment, here, birth, layers, shared):
+                number = numbers.pop((phase, target, ordinal), -1)
+                if number < 0:
+                    raise CompositionError(f"{segment.phase} of {here} frees an unknown block of {phase} of {target}")
+                size_bytes, category = sizes[number]
+                events.append((number, -size_bytes, category))
+        composed.append(ComposedSegment(segment.phase, here, events, segment))
+    return composed
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """For every traced layer, the real layers that it stands for."""
+
+    real: list[list[int]]
+
+    @staticmethod
+    def of(runs: Sequence[LayerRun]) -> _Layers:
+        real: list[list[int]] = []
+        next_layer = 0
+        for run in runs:
+            for repeat in run.repeats:
+                real.append(list(range(next_layer, next_layer + repeat)))
+                next_layer += repeat
+        return _Layers(real)
+
+
+def _births(trace: StepTrace) -> list[tuple[str, int, int]]:
+    """(phase, place, number within the segment) of every block."""
+    born: list[tuple[str, int, int]] = [("", 0, 0)] * len(trace.blocks)
+    for segment in trace.segments:
+        allocations = [event for event in segment.events if event >= 0]
+        for ordinal, block in enumerate(allocations):
+            born[block] = (segment.phase, segment.place, ordinal)
+    return born
+
+
+def _copies(segments: Sequence[Segment], layers: _Layers) -> Iterator[tuple[Segment, int]]:
+    """Every segment with the real place it stands for, repeated ones in the order of their phase."""
+    for segment in segments:
+        if segment.place < 0:
+            yield segment, segment.place
+            continue
+        real = layers.real[segment.place]
+        yield from ((segment, layer) for layer in (real if segment.phase == "forward" else reversed(real)))
+
+
+def _targets(segment: Segment, here: int, birth: tuple[str, int, int], layers: _Layers, shared: set[tuple[str, int, int]]) -> list[int]:
+    """Real places whose block is freed when ``segment``, really at ``here``, frees a block with this birth."""
+    _, born_place, _ = birth
+    if born_place < 0:
+        return [born_place]
+    if segment.place >= 0:
+        return [here + born_place - segment.place]
+    if birth in shared:
+        return layers.real[born_place]
+    # Outside the layers, neighbours are counted from the near end: the head follows the last layer.
+    return [layers.real[born_place][-1 if segment.place == HEAD else 0]]
+
+
+def _freed_everywhere(segment: Segment, born: Sequence[tuple[str, int, int]], layers: _Layers) -> set[tuple[str, int, int]]:
+    """Births in repeated layers whose like is freed by this segment in both traced neighbours too: so it is in every copy."""
+    if segment.place >= 0:
+        return set()
+    freed = {born[-1 - event] for event in segment.events if event < 0}
+    return {
+        (phase, place, ordinal)
+        for phase, place, ordinal in freed
+        if place >= 0 and len(layers.real[place]) > 1
+        and (phase, place - 1, ordinal) in freed and (phase, place + 1, ordinal) in freed
+    }  # fmt: skip
+
+
+def _scaled(block: Block, trace: StepTrace, slice_numels: Sequence[int], itemsize: int) -> Block:
+    """The block with the size that the planned chunk's slice gives it."""
+    ordinal = block.slice_ordinal
+    if ordinal < 0:
+        return block
+    difference = slice_numels[ordinal] - trace.slice_numels[ordinal]
+    return Block(block.size_bytes + difference * itemsize, block.category, ordinal)
+
+
+@dataclass(slots=True)
+class Footprint:
+    """Live bytes by category, and the highest moment since the last reset."""
+
+    live: list[int]
+    peak_bytes: int = 0
+    at_peak: tuple[int, ...] = ()
+
+    @property
+    def live_bytes(self) -> int:
+        """Sum over categories now."""
+        return sum(self.live)
+
+    def replay(self, events: Sequence[tuple[int, int, int]]) -> None:
+        """Apply events; keeps the highest moment."""
+        total = sum(self.live)
+        for _, size_bytes, category in events:
+            self.live[category] += size_bytes
+            total += size_bytes
+            if total > self.peak_bytes:
+                self.peak_bytes = total
+                self.at_peak = tuple(self.live)
+
+    def reset_peak(self) -> None:
+        """Forget the highest moment; the present one is the new highest."""
+        self.peak_bytes = sum(self.live)
+        self.at_peak = tuple(self.live)

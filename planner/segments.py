@@ -1,0 +1,92 @@
+"""A traced step as data: blocks of memory, and when they come and go, segment by segment. Pure.
+
+A segment is a part of the step that belongs to one place of the network in one phase: ``forward`` of layer 3, ``backward`` of the head. Inside a
+segment, event ``i >= 0`` allocates block ``i`` and event ``-1 - i`` frees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CATEGORIES = ("weights", "gradients", "optimizer_states", "activations", "loss", "workspace", "other")
+EMBED, HEAD = -1, -2
+"""Places that are not layers: before the first layer; after the last one (final norm, head and loss)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One allocation: bytes asked for, index into CATEGORIES, and the ordinal of the cut slice whose gradient it is, or −1."""
+
+    size_bytes: int
+    category: int
+    slice_ordinal: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Events and work of one place in one phase. ``work`` lists (flops, bytes moved, number of such operations)."""
+
+    phase: str
+    place: int
+    events: tuple[int, ...]
+    work: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """One traced micro-batch of one chunk: forward and backward."""
+
+    blocks: tuple[Block, ...]
+    segments: tuple[Segment, ...]
+    slice_numels: tuple[int, ...]
+    """Elements of the traced chunk's slices, to scale the gradients of cut ones."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the cache."""
+        return {
+            "blocks": [[b.size_bytes, b.category, b.slice_ordinal] for b in self.blocks],
+            "segments": [[s.phase, s.place, s.events, s.work] for s in self.segments],
+            "slice_numels": self.slice_numels,
+        }
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> StepTrace:
+        """Inverse of :meth:`to_json`."""
+        return StepTrace(
+            tuple(Block(*row) for row in value["blocks"]),
+            tuple(Segment(p, n, tuple(e), tuple((w[0], w[1], w[2]) for w in work)) for p, n, e, work in value["segments"]),
+            tuple(value["slice_numels"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """Consecutive layers that do the same in a step: ``layers`` are traced, and the middle one stands for ``num_layers`` − 2."""
+
+    first: int
+    num_layers: int
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        """Indices of the layers that are traced."""
+        if self.num_layers <= 3:
+            return tuple(range(self.first, self.first + self.num_layers))
+        return self.first, self.first + 1, self.first + self.num_layers - 1
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """How many real layers each traced one stands for."""
+        return (1,) * self.num_layers if self.num_layers <= 3 else (1, self.num_layers - 2, 1)
+
+
+def layer_runs(roles: Sequence[object]) -> list[LayerRun]:
+    """Group equal neighbours."""
+    runs: list[LayerRun] = []
+    for index, role in enumerate(roles):
+        if index and role == roles[index - 1]:
+            runs[-1] = LayerRun(runs[-1].first, runs[-1].num_layers + 1)
+        else:
+            runs.append(LayerRun(index, 1))
+    return runs

@@ -1,0 +1,104 @@
+"""What a plan needs to know of a model without building it: its stream and which layer each parameter belongs to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.chunks import Chunk, ParameterInfo
+from engine.spec import CheckpointedLayers, TrainingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStructure:
+    """The stream of a model, and its layers."""
+
+    parameters: tuple[ParameterInfo, ...]
+    layer_of: tuple[int, ...]
+    """Layer index of each parameter; −1 when it belongs to none."""
+    signatures: tuple[str, ...]
+    """One per layer: equal for layers that compute the same (class, shapes, kind of attention)."""
+    buffer_bytes: int
+    before_layers: tuple[bool, ...]
+    """For parameters outside the layers: true when the gradient reaches them through the layers (embeddings)."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.signatures)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the stream."""
+        return sum(info.numel for info in self.parameters)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the stream."""
+        return sum(info.num_bytes for info in self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the cache."""
+        return {
+            "parameters": [[p.name, p.shape, p.itemsize] for p in self.parameters],
+            "layer_of": self.layer_of,
+            "signatures": self.signatures,
+            "buffer_bytes": self.buffer_bytes,
+            "before_layers": self.before_layers,
+        }
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> ModelStructure:
+        """Inverse of :meth:`to_json`."""
+        return ModelStructure(
+            tuple(ParameterInfo(name, tuple(shape), itemsize) for name, shape, itemsize in value["parameters"]),
+            tuple(value["layer_of"]),
+            tuple(value["signatures"]),
+            value["buffer_bytes"],
+            tuple(value["before_layers"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRoles:
+    """What every layer does in a step of one chunk, and which parameters outside the layers are active."""
+
+    layers: tuple[Hashable, ...]
+    outside: tuple[tuple[int, bool], ...]
+
+    @property
+    def key(self) -> str:
+        """Equal for chunks whose steps differ in nothing but the sizes of cut slices and the lengths of runs."""
+        from planner.segments import layer_runs
+
+        runs = [(self.layers[run.first], min(run.num_layers, 3)) for run in layer_runs(self.layers)]
+        return repr((runs, self.outside))
+
+
+def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec) -> ChunkRoles:
+    """Roles of all layers while ``chunk`` is active: below it no gradient, the lowest with gradient, and those above."""
+    active: dict[int, list[tuple[int, bool]]] = {}
+    outside = []
+    first_of_layer: dict[int, int] = {}
+    for index, layer in enumerate(structure.layer_of):
+        first_of_layer.setdefault(layer, index)
+    for piece in chunk.slices:
+        layer = structure.layer_of[piece.index]
+        is_cut = piece.numel != structure.parameters[piece.index].numel
+        if layer < 0:
+            outside.append((piece.index, is_cut))
+        else:
+            active.setdefault(layer, []).append((piece.index - first_of_layer[layer], is_cut))
+    reaches_bottom = any(structure.before_layers[index] for index, _ in outside)
+    lowest = -1 if reaches_bottom else min(active, default=structure.num_layers)
+    checkpointing = training.activation_checkpointing
+    roles = []
+    for layer in range(structure.num_layers):
+        if isinstance(checkpointing, CheckpointedLayers):
+            is_checkpointed = layer in checkpointing.layers
+        else:
+            is_checkpointed = checkpointing == "full"
+        position = (layer > lowest) - (layer < lowest)
+        roles.append((structure.signatures[layer], position, is_checkpointed, tuple(active.get(layer, ()))))
+    return ChunkRoles(tuple(roles), tuple(outside))
