@@ -22,8 +22,8 @@ LARGE_ROUND_BYTES = 2 * MIB
 
 _LIVE, _FREE, _UNMAPPED = 0, 1, 2
 _ADDRESS_BITS = 64
-_SPACE_BITS = 50
-"""Every expandable segment owns this much address space: more than any device has memory."""
+_SPACE_BYTES = LARGE_SEGMENT_BYTES << 26
+"""Address space of one expandable segment: more than any device has memory, and a whole number of pages."""
 
 
 class OutOfDeviceMemoryError(Exception):
@@ -176,8 +176,8 @@ class CachingAllocator:
         pool = _Pool(is_small, self.expandable_segments)
         (self._small_pools if is_small else self._large_pools)[stream] = pool
         if self.expandable_segments:
-            pool.unmapped.append(_Block(self._next_address, 1 << _SPACE_BITS, pool, _UNMAPPED, None))
-            self._next_address += 1 << _SPACE_BITS
+            pool.unmapped.append(_Block(self._next_address, _SPACE_BYTES, pool, _UNMAPPED, None))
+            self._next_address += _SPACE_BYTES
         return pool
 
     def _grow(self, pool: _Pool, size: int) -> _Block:

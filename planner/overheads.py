@@ -134,12 +134,13 @@ def attention_backward_scratch_bytes(
 ) -> int:
     """Temporaries inside FlashAttention-2's backward kernel on CUDA, which meta kernels do not allocate.
 
-    An fp32 accumulator of the query gradient and the row sums (sequence padded to 128, head size to 32), and, with
-    grouped queries, key and value gradients of every query head before they are summed.
-    Source: flash_api.cpp, mha_bwd.
+    An fp32 accumulator of the query gradient and the row sums (sequence padded to 128, head size to 32 or, above 192,
+    to 256), and, with grouped queries, key and value gradients of every query head before they are summed.
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
     """
     rows = batch_size * num_heads * _round_up(seq_len, 128)
-    accumulators = rows * (_round_up(head_dim, 32) + 1) * 4
+    padded_head_dim = _round_up(head_dim, 32) if head_dim <= 192 else 256
+    accumulators = rows * (padded_head_dim + 1) * 4
     if num_heads == num_key_value_heads:
         return accumulators
     return accumulators + 2 * batch_size * num_heads * seq_len * head_dim * itemsize
@@ -149,7 +150,8 @@ def _pick(rows: tuple[_Row, ...], gpu: GpuSpec, cuda_version: str) -> _Row:
     """The row of the device's capability with the newest CUDA version and the largest memory that do not exceed it."""
     own = [row for row in rows if row.compute_capability == gpu.compute_capability]
     if not own:
-        largest = max(rows, key=lambda row: row.mib)
+        is_rocm = gpu.kind == "rocm"
+        largest = max((row for row in rows if _is_rocm(row) == is_rocm), key=lambda row: row.mib)
         return _Row(None, largest.mib, f"no value for compute capability {gpu.compute_capability}: the table's largest")
     fitting = [
         row
@@ -157,6 +159,10 @@ def _pick(rows: tuple[_Row, ...], gpu: GpuSpec, cuda_version: str) -> _Row:
         if _version(row.cuda_version) <= _version(cuda_version) and row.from_memory_mib * MIB <= gpu.memory_bytes
     ]
     return max(fitting or own[:1], key=lambda row: (_version(row.cuda_version), row.from_memory_mib))
+
+
+def _is_rocm(row: _Row) -> bool:
+    return (row.compute_capability or "").startswith("gfx")
 
 
 def _version(text: str) -> tuple[int, ...]:
