@@ -102,12 +102,12 @@ def _walk(value: object, path: str, depth: int) -> Iterator[tuple[str, object]]:
         yield path, value
 
 
-def _parts(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parts(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """The configuration and its nested model configurations (``text_config`` …), each with its key prefix."""
-    yield "", config
+    yield prefix, config
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):
-            yield f"{key}.", value
+            yield from _parts(value, f"{prefix}{key}.")
 
 
 def _check_sizes(prefix: str, part: dict[str, Any]) -> None:
@@ -133,9 +133,16 @@ def _numbers(value: object) -> list[object]:
 
 def _check_integer(key: str, value: object, minimum: int, maximum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _error(key, f"must be an integer (got {str(value)[:40]})")
+        raise _error(key, f"must be an integer (got {_shown(value)})")
     if not minimum <= value <= maximum:
-        raise _error(key, f"must be between {minimum} and {maximum} (got {str(value)[:40]})")
+        raise _error(key, f"must be between {minimum} and {maximum} (got {_shown(value)})")
+
+
+def _shown(value: object) -> str:
+    """A value for an error message; Python refuses to print integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)[:40]
 
 
 def _check_heads(prefix: str, part: dict[str, Any]) -> None:

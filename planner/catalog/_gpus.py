@@ -47,6 +47,9 @@ def detect_gpu() -> GpuSpec:
     """The first CUDA device that this process may use, as the driver describes it; ``cpu`` when there is none.
 
     Rates come from the catalog, memory from the driver. A device that the catalog lacks gets modest default rates.
+
+    Raises:
+        InputError: the process sees a slice of a GPU (MIG), whose memory the driver's tool does not list.
     """
     for name, memory_bytes, compute_capability in _driver_devices():
         spec = _match(name, memory_bytes)
@@ -90,8 +93,9 @@ def _spec(row: dict[str, Any]) -> GpuSpec:
 
 
 def _normalise(name: str) -> str:
-    """``NVIDIA GeForce RTX 4090`` → ``rtx-4090``: lower case, hyphens, without brand words."""
-    words = re.sub(r"[^a-z0-9.]+", " ", name.lower()).split()
+    """``NVIDIA GeForce RTX 4080Super`` → ``rtx-4080-super``: lower case, hyphens, without brand words."""
+    spaced = re.sub(r"(?<=\d)(?=(ti|super)\b)", " ", name.lower())
+    words = re.sub(r"[^a-z0-9.]+", " ", spaced).split()
     return "-".join(word for word in words if word not in _BRANDS) or name.lower()
 
 
@@ -119,11 +123,13 @@ def _match(name: str, memory_bytes: int) -> GpuSpec | None:
 def _driver_devices() -> list[tuple[str, int, str | None]]:
     """(name, memory bytes, compute capability) of the devices that nvidia-smi lists and this process may see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.startswith("MIG"):
+        raise InputError("gpu", "a MIG slice cannot be detected; give its name and memory_bytes")
     tool = shutil.which("nvidia-smi")
     if tool is None or (visible is not None and visible.strip() in {"", "-1", "NoDevFiles"}):
         return []
     command = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    if visible is not None and not visible.startswith("MIG"):
+    if visible is not None:
         command.append(f"--id={visible.split(',')[0].strip()}")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -87,6 +88,8 @@ def _by_name() -> dict[str, str]:
 def _from_folder(folder: Path) -> ModelEntry:
     path = folder / "config.json"
     try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such file")
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -81,7 +81,7 @@ def test_the_runtime_base_is_what_a_process_takes_here():
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     measured_bytes = int(answer.split()[1]) * 1024
-    assert overheads(find_gpu("cpu")).runtime_bytes == pytest.approx(measured_bytes, rel=0.35)
+    assert 0.6 < overheads(find_gpu("cpu")).runtime_bytes / measured_bytes < 1.6
 
 
 def test_attention_scratch_holds_an_fp32_query_gradient():
