@@ -40,13 +40,25 @@ class SavedCheckpoint:
     sha256: str
 
 
-def save_checkpoint(tuner: ChunkFT, folder: Path, fingerprint: str, keep: int = 2) -> SavedCheckpoint:
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where training goes on: after update ``step``, with the notes saved there; one sentence per checkpoint passed over."""
+
+    step: int
+    notes: dict[str, Any]
+    passed_over: list[str]
+
+
+def save_checkpoint(
+    tuner: ChunkFT, folder: Path, fingerprint: str, notes: dict[str, Any], keep: int = 2
+) -> SavedCheckpoint:
     """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; older checkpoints beyond ``keep`` are removed.
 
     Args:
         tuner: between two updates.
         folder: where the run's checkpoints live.
         fingerprint: digest of everything that must be the same on resume (model, data, training spec).
+        notes: the caller's own JSON values, given back on resume.
         keep: complete checkpoints to leave, this one included.
     """
     final = folder / f"step-{tuner.num_updates:08d}"
@@ -68,6 +80,7 @@ def save_checkpoint(tuner: ChunkFT, folder: Path, fingerprint: str, keep: int = 
         "format": _FORMAT,
         "fingerprint": fingerprint,
         "num_updates": tuner.num_updates,
+        "notes": notes,
         "random_states": _random_states(),
         "files": files,
     }
@@ -83,17 +96,13 @@ def save_checkpoint(tuner: ChunkFT, folder: Path, fingerprint: str, keep: int = 
     return SavedCheckpoint(tuner.num_updates, final, size_bytes, sha256_file(final / _MANIFEST))
 
 
-def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> tuple[int, list[str]]:
-    """Load the newest checkpoint that is whole into a tuner built on the base model.
-
-    Returns:
-        The update that training goes on after (0: there is no usable checkpoint), and one sentence for every
-        checkpoint that was passed over.
+def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
+    """Load the newest checkpoint that is whole into a tuner built on the base model; step 0 when there is none.
 
     Raises:
         CheckpointError: the newest whole checkpoint belongs to another run.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in _complete(folder):
         try:
             manifest = _checked_manifest(candidate)
@@ -106,8 +115,8 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> tuple[int, list[st
             _load_chunk(tuner, candidate / name, entry)
         tuner.num_updates = int(manifest["num_updates"])
         _restore_random_states(manifest["random_states"])
-        return tuner.num_updates, passed_over
-    return 0, passed_over
+        return Resumed(tuner.num_updates, manifest["notes"], passed_over)
+    return Resumed(0, {}, passed_over)
 
 
 def _previous_files(folder: Path) -> tuple[Path | None, dict[str, Any]]:

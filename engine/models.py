@@ -62,17 +62,19 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
     return model
 
 
-def load_model(folder: str | Path, precision: Precision, attention: str, device: str) -> PreTrainedModel:
-    """A local Hugging Face folder as a model in training mode; weights live in the device's own allocator.
-
-    Raises:
-        InputError: no config or no safetensors there.
-    """
+def check_model_folder(folder: str | Path) -> None:
+    """Raises InputError when the folder does not hold a config, safetensors and a tokenizer."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError("model", f"no config.json in {folder}")
     if not any(folder.glob("*.safetensors")):
         raise InputError("model", f"no *.safetensors in {folder}; other weight formats are not read")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise InputError("model", f"no tokenizer_config.json in {folder}")
+
+
+def load_model(folder: str | Path, precision: Precision, attention: str, device: str) -> PreTrainedModel:
+    """A local Hugging Face folder (see :func:`check_model_folder`) as a model in training mode, its weights in the device's own allocator."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[precision],

@@ -169,6 +169,8 @@ class RunSpec(SpecModel):
     job_id: str
     name: str
     model_path: str
+    model_name: str = ""
+    """For the model card; default: the folder's name."""
     dataset_path: str
     dataset_format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05

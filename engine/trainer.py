@@ -20,8 +20,8 @@ from engine.checkpoint import resume, save_checkpoint
 from engine.coverage import parameter_digests, updated_share
 from engine.data import Batches, DatasetSplits, Example, collate, load_dataset
 from engine.export import ModelCard, export_model
-from engine.files import sha256_file, sha256_text
-from engine.models import load_model, load_tokenizer, pad_token_id
+from engine.files import sha256_text
+from engine.models import check_model_folder, load_model, load_tokenizer, pad_token_id
 from engine.profiler import Sample, profiler_for
 from engine.schedule import rate_factor
 from engine.spec import RunSpec, ScheduleSpec
@@ -62,7 +62,6 @@ class Trainer:
         self.report = report
         self.stop_requested = stop_requested
         self.evaluations: list[Evaluation] = []
-        self.losses: list[float] = []
         self.peak_allocated_bytes = 0
 
     def train(self) -> str:
@@ -98,6 +97,7 @@ class Trainer:
     def _load(self) -> None:
         run, training = self.run, self.training
         torch.manual_seed(training.seed)
+        check_model_folder(run.model_path)
         self.tokenizer = load_tokenizer(run.model_path)
         self.splits: DatasetSplits = load_dataset(
             Path(run.dataset_path), run.dataset_format, self.tokenizer, training.seq_len, run.eval_fraction, training.seed
@@ -141,10 +141,12 @@ class Trainer:
         return sha256_text("\n".join([spec, shapes, self.splits.stats.sha256]))
 
     def _resume(self) -> int:
-        step, passed_over = resume(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
-        for sentence in passed_over:
+        resumed = resume(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
+        for sentence in resumed.passed_over:
             self.report("warning", detail=f"checkpoint passed over: {sentence}")
-        return step
+        self.evaluations = [Evaluation(*pair) for pair in resumed.notes.get("evaluations", [])]
+        self.peak_allocated_bytes = resumed.notes.get("peak_allocated_bytes", 0)
+        return resumed.step
 
     def _update(self) -> None:
         """One optimizer update: its micro-batches, then the step."""
@@ -162,7 +164,6 @@ class Trainer:
             num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
             del micro_batches
         seconds = time.perf_counter() - begin
-        self.losses.append(loss)
         samples, self.load_samples = [*self.load_samples, *self.profiler.samples], []
         self._report_step(visit.chunk_index, visit.cycle, loss, rate, norm, num_tokens, seconds, samples)
 
@@ -186,7 +187,11 @@ class Trainer:
         self.report("eval", step=step, loss=loss, perplexity=perplexity, num_tokens=num_tokens)
 
     def _save(self) -> None:
-        saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
+        notes = {
+            "evaluations": [[evaluation.step, evaluation.loss] for evaluation in self.evaluations],
+            "peak_allocated_bytes": self.peak_allocated_bytes,
+        }
+        saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint(), notes)
         path = saved.path.relative_to(self.run_dir)
         self.report("checkpoint", step=saved.step, path=str(path), size_bytes=saved.size_bytes, sha256=saved.sha256)
 
@@ -239,16 +244,21 @@ class Trainer:
     def _export(self) -> None:
         folder = self.run_dir / "artifacts" / self.run.output_name
         for file in export_model(self.model, self.tokenizer, folder, self._card()):
-            path = Path(file.path)
-            name = path.relative_to(folder) if path.is_absolute() else path
-            full = folder / name
-            self.report(
-                "artifact",
-                name=str(name),
-                path=str(full.relative_to(self.run_dir)),
-                size_bytes=full.stat().st_size,
-                sha256=sha256_file(full),
-            )
+            path = (folder / file.name).relative_to(self.run_dir)
+            self.report("artifact", name=file.name, path=str(path), size_bytes=file.size_bytes, sha256=file.sha256)
 
     def _card(self) -> ModelCard:
-        raise RuntimeError
+        stats = self.splits.stats
+        return ModelCard(
+            name=self.run.output_name,
+            base_model=self.run.model_name or Path(self.run.model_path).name,
+            method=self.training.method,
+            schedule=self.schedule.model_dump(mode="json"),
+            hyper_parameters=self.training.model_dump(mode="json", exclude={"schedule", "method"}),
+            dataset_sha256=stats.sha256,
+            num_train_rows=stats.num_train_rows,
+            num_parameters=self.tuner.stream.num_parameters,
+            peak_allocated_bytes=self.peak_allocated_bytes,
+            loss_before=self.evaluations[0].loss if self.evaluations else None,
+            loss_after=self.evaluations[-1].loss if self.evaluations else None,
+        )
