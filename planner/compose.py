@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from planner.segments import CATEGORIES, HEAD, Block, LayerRun, Segment, StepTrace
 
-GRADIENTS = CATEGORIES.index("gradients")
-
 
 class CompositionError(RuntimeError):
     """The traced layers do not repeat: the whole model must be traced."""
@@ -143,30 +141,58 @@ def _scaled(block: Block, trace: StepTrace, slice_numels: Sequence[int], itemsiz
     return Block(block.size_bytes + difference * itemsize, block.category, ordinal)
 
 
-@dataclass(slots=True)
-class Footprint:
-    """Live bytes by category, and the highest moment since the last reset."""
+@dataclass(frozen=True, slots=True)
+class SegmentSummary:
+    """What a traced segment and its copies do to the footprint, by category, without replaying each copy."""
 
-    live: list[int]
-    peak_bytes: int = 0
-    at_peak: tuple[int, ...] = ()
+    phase: str
+    place: int
+    """First real layer in the order of time, or a place outside the layers."""
+    num_copies: int
+    net: tuple[int, ...]
+    """Change of all copies together."""
+    peak: tuple[int, ...]
+    """Live bytes at the highest moment, relative to the beginning of the first copy."""
+    work: tuple[tuple[int, int, int], ...]
 
-    @property
-    def live_bytes(self) -> int:
-        """Sum over categories now."""
-        return sum(self.live)
 
-    def replay(self, events: Sequence[tuple[int, int, int]]) -> None:
-        """Apply events; keeps the highest moment."""
-        total = sum(self.live)
-        for _, size_bytes, category in events:
-            self.live[category] += size_bytes
+def summarise(
+    trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[int], itemsize: int, granularity: int
+) -> list[SegmentSummary]:
+    """The step's segments in order of time; copies of a repeated layer are one entry.
+
+    Args:
+        trace, runs, slice_numels, itemsize: as for :func:`compose`.
+        granularity: every block is rounded up to a multiple of this many bytes (512 on CUDA, 1 on the CPU).
+    """
+    layers = _Layers.of(runs)
+    born = _births(trace)
+    blocks = [_rounded(_scaled(block, trace, slice_numels, itemsize), granularity) for block in trace.blocks]
+    summaries = []
+    for segment in trace.segments:
+        shared = _freed_everywhere(segment, born, layers)
+        num_copies = len(layers.real[segment.place]) if segment.place >= 0 else 1
+        live, total, highest, peak = [0] * len(CATEGORIES), 0, 0, (0,) * len(CATEGORIES)
+        for event in segment.events:
+            block = blocks[event if event >= 0 else -1 - event]
+            size_bytes = block.size_bytes if event >= 0 else -block.size_bytes
+            if event < 0 and born[-1 - event] in shared:
+                size_bytes *= len(layers.real[born[-1 - event][1]])
+            live[block.category] += size_bytes
             total += size_bytes
-            if total > self.peak_bytes:
-                self.peak_bytes = total
-                self.at_peak = tuple(self.live)
+            if total > highest:
+                highest, peak = total, tuple(live)
+        if total > 0 and num_copies > 1:
+            peak = tuple(high + (num_copies - 1) * change for high, change in zip(peak, live, strict=True))
+        place = segment.place
+        if place >= 0:
+            place = layers.real[place][0 if segment.phase == "forward" else -1]
+        net = tuple(change * num_copies for change in live)
+        summaries.append(SegmentSummary(segment.phase, place, num_copies, net, peak, segment.work))
+    return summaries
 
-    def reset_peak(self) -> None:
-        """Forget the highest moment; the present one is the new highest."""
-        self.peak_bytes = sum(self.live)
-        self.at_peak = tuple(self.live)
+
+def _rounded(block: Block, granularity: int) -> Block:
+    if granularity == 1:
+        return block
+    return Block(-(-block.size_bytes // granularity) * granularity, block.category, block.slice_ordinal)

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,13 @@ class MemoryTrace(TorchDispatchMode):
         """The block that holds the tensor, or −1."""
         entry = self._live.get(tensor.untyped_storage()._cdata)
         return entry[0] if entry else -1
+
+    def finished_segments(self) -> tuple[Segment, ...]:
+        """What was recorded, as data."""
+        return tuple(
+            Segment(phase, place, tuple(events), tuple((*key, count) for key, count in work.items()))
+            for phase, place, events, work in self.segments
+        )
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         def callback(_: Any) -> None:
@@ -212,12 +219,8 @@ class ModelTracer:
                 blocks.append(Block(size_bytes, _GRADIENTS, gradients[index]))
             else:
                 blocks.append(Block(size_bytes, category))
-        segments = tuple(
-            Segment(phase, place, tuple(events), tuple((*key, count) for key, count in work.items()))
-            for phase, place, events, work in mode.segments
-        )
         numels = tuple(piece.tensor.numel() for piece in active)
-        return StepTrace(tuple(blocks), segments, numels)
+        return StepTrace(tuple(blocks), mode.finished_segments(), numels)
 
     @contextmanager
     def _reduced(self, kept: list[int]) -> Iterator[None]:
@@ -307,59 +310,44 @@ def _owner_of_layers(model: nn.Module, layers: list[nn.Module]) -> tuple[nn.Modu
     raise LookupError("the model's layer list has no owner")
 
 
-class UpdateTracer:
-    """Traces the engine's update of one slice, whatever model it belongs to.
+def trace_update(numel: int, itemsize: int, policy: Literal["keep", "reset"], comes: bool, leaves: bool) -> StepTrace:
+    """The engine's update of one slice: block 0 is its gradient, allocated in a segment of its own; then the phase ``optimizer``.
 
     Args:
-        config: hyper-parameters and the policy for states.
-        dtype_itemsize: bytes per element of the weights.
+        numel, itemsize: elements of the slice and bytes per element of its weights.
+        policy: for the states.
+        comes: the states come to the device with this update.
+        leaves: they leave with it.
     """
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    leaf = torch.empty(numel, dtype=dtype, device="meta", requires_grad=True)
+    piece = ActiveSlice("slice", 0, numel, leaf, nn.Parameter(torch.empty(0, device="meta")))
+    optimizer = ChunkAdamW(AdamWConfig(states=policy))
+    states = ChunkStates(1)
+    if policy == "keep":
+        states.host[0] = _moments(numel)
+    if not comes:
+        states.device[0] = _moments(numel)
+    there = [*states.host.values(), *states.device.values()]
+    mode = MemoryTrace("cpu")
+    for tensor in (leaf, *(t for moments in there for t in (moments.exp_avg, moments.exp_avg_sq))):
+        mode.ignore(tensor)
+    mode.category = _WORKSPACE
+    with mode:
+        mode.enter_segment("gradient", EMBED)
+        leaf.grad = torch.empty_like(leaf, requires_grad=False)
+        mode.enter_segment("optimizer", EMBED)
+        optimizer.update_slice(states, 0, piece, 1e-3)
+        moments = states.device[0]
+        state_blocks = {mode.block_of(moments.exp_avg), mode.block_of(moments.exp_avg_sq)} - {-1}
+        del moments
+        if leaves:
+            optimizer.leave_slice(states, 0)
+        mode.enter_segment("end", EMBED)
+    categories = {0: _GRADIENTS} | dict.fromkeys(state_blocks, _STATES)
+    blocks = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))
+    return StepTrace(blocks, mode.finished_segments(), (numel,))
 
-    def __init__(self, config: AdamWConfig, dtype_itemsize: int) -> None:
-        self._config = config
-        self._dtype = torch.float32 if dtype_itemsize == 4 else torch.bfloat16
 
-    def trace(self, numel: int, comes: bool, leaves: bool) -> StepTrace:
-        """Events of updating a slice of ``numel`` elements whose gradient is block 0, allocated in a segment of its own.
-
-        Args:
-            numel: elements of the slice.
-            comes: its states come to the device with this update.
-            leaves: they leave with it.
-        """
-        leaf = torch.empty(numel, dtype=self._dtype, device="meta", requires_grad=True)
-        piece = ActiveSlice("slice", 0, numel, leaf, nn.Parameter(torch.empty(0, device="meta")))
-        states = ChunkStates(1)
-        optimizer = ChunkAdamW(self._config)
-        moments = SliceStates(*(torch.empty(numel, dtype=torch.float32, device="meta") for _ in range(2)))
-        if comes:
-            states.host[0] = moments
-        else:
-            states.device[0] = moments
-        if leaves and not comes:
-            states.host[0] = SliceStates(torch.empty_like(moments.exp_avg), torch.empty_like(moments.exp_avg))
-        mode = MemoryTrace("cpu")
-        at_home = [t for home in states.host.values() for t in (home.exp_avg, home.exp_avg_sq)]
-        for tensor in (leaf, moments.exp_avg, moments.exp_avg_sq, *at_home):
-            mode.ignore(tensor)
-        mode.category = _WORKSPACE
-        with mode:
-            mode.enter_segment("gradient", EMBED)
-            leaf.grad = torch.empty_like(leaf, requires_grad=False)
-            mode.enter_segment("optimizer", EMBED)
-            optimizer.update_slice(states, 0, piece, 1e-3)
-            resident = [] if comes is False else [states.device[0].exp_avg, states.device[0].exp_avg_sq]
-            state_blocks = {mode.block_of(tensor) for tensor in resident}
-            del resident
-            if leaves:
-                optimizer.leave_slice(states, 0)
-            mode.enter_segment("end", EMBED)
-        blocks = tuple(
-            Block(size, _GRADIENTS if i == 0 else _STATES if i in state_blocks else _WORKSPACE)
-            for i, size in enumerate(mode.sizes)
-        )
-        segments = tuple(
-            Segment(phase, place, tuple(events), tuple((*key, count) for key, count in work.items()))
-            for phase, place, events, work in mode.segments
-        )
-        return StepTrace(blocks, segments, (numel,))
+def _moments(numel: int) -> SliceStates:
+    return SliceStates(*(torch.empty(numel, dtype=torch.float32, device="meta") for _ in range(2)))

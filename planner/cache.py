@@ -1,0 +1,131 @@
+"""Traces on disk, by content: the same architecture, spec and code are traced once. Imports torch only when something must be traced.
+
+The folder is ``CHUNKPLAN_CACHE_DIR``, by default ``~/.cache/chunkplan``. Every file can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from engine.chunks import Chunk
+from engine.spec import TrainingSpec
+from planner.segments import StepTrace
+from planner.structure import ChunkRoles, ModelStructure
+
+if TYPE_CHECKING:
+    from planner.trace import ModelTracer
+
+_TRACED_CODE = {
+    "engine": ("checkpointing", "gradients", "loss", "models", "optimizer", "step", "stream"),
+    "planner": ("kernels", "overheads", "segments", "structure", "trace"),
+}
+
+
+def cache_dir() -> Path:
+    """Where traces are kept."""
+    given = os.environ.get("CHUNKPLAN_CACHE_DIR")
+    return Path(given) if given else Path.home() / ".cache" / "chunkplan"
+
+
+@cache
+def code_digest() -> str:
+    """Digest of everything besides the request that decides a trace: the traced code and the libraries under it."""
+    digest = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
+    root = Path(__file__).parent.parent
+    for package, modules in _TRACED_CODE.items():
+        for module in modules:
+            digest.update((root / package / f"{module}.py").read_bytes())
+    return digest.hexdigest()
+
+
+class TraceStore:
+    """All traces of one architecture under one training spec (the schedule aside) on one kind of device."""
+
+    def __init__(self, config: dict[str, Any], training: TrainingSpec, device_kind: str) -> None:
+        self._config = config
+        self._training = training
+        self._device_kind = device_kind
+        self._tracer: ModelTracer | None = None
+        self._path = cache_dir() / f"{self._key()}.json"
+        self._content: dict[str, Any] = self._read()
+        self._steps: dict[str, StepTrace] = {}
+        self._is_changed = False
+
+    def _key(self) -> str:
+        training = self._training.model_dump(
+            mode="json",
+            include={"seq_len", "micro_batch_size", "precision", "activation_checkpointing", "loss", "attention"},
+        )
+        accumulates = self._training.gradient_accumulation_steps > 1
+        asked = json.dumps([self._config, training, accumulates, self._device_kind, code_digest()], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {"structure": None, "steps": {}, "updates": {}}
+        return content
+
+    def _model_tracer(self) -> ModelTracer:
+        if self._tracer is None:
+            from planner.trace import ModelTracer
+
+            self._tracer = ModelTracer(self._config, self._training, self._device_kind)
+        self._is_changed = True
+        return self._tracer
+
+    def structure(self) -> ModelStructure:
+        """Stream and layers of the model."""
+        if self._content["structure"] is None:
+            self._content["structure"] = self._model_tracer().structure().to_json()
+        return ModelStructure.from_json(self._content["structure"])
+
+    def step(self, chunk: Chunk, roles: ChunkRoles) -> StepTrace:
+        """Forward and backward with ``chunk`` active, on the distinct layers."""
+        key = roles.key
+        if key not in self._steps:
+            known = self._content["steps"].get(key)
+            if known is None:
+                trace = self._model_tracer().trace(chunk, roles)
+                self._content["steps"][key] = trace.to_json()
+            else:
+                trace = StepTrace.from_json(known)
+            self._steps[key] = trace
+        return self._steps[key]
+
+    def update(self, numel: int, itemsize: int, policy: Literal["keep", "reset"], comes: bool, leaves: bool) -> StepTrace:
+        """The optimizer's update of a slice of ``numel`` elements."""
+        key = repr((numel, itemsize, policy, comes, leaves))
+        if key not in self._steps:
+            known = self._content["updates"].get(key)
+            if known is None:
+                from planner.trace import trace_update
+
+                trace = trace_update(numel, itemsize, policy, comes, leaves)
+                self._content["updates"][key] = trace.to_json()
+                self._is_changed = True
+            else:
+                trace = StepTrace.from_json(known)
+            self._steps[key] = trace
+        return self._steps[key]
+
+    def save(self) -> None:
+        """Write what is new; a full disk or a read-only folder costs time later, never a plan now."""
+        if not self._is_changed:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".partial", delete=False) as file:
+                json.dump(self._content, file, separators=(",", ":"))
+            Path(file.name).replace(self._path)
+        except OSError:
+            return
+        self._is_changed = False

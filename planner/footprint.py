@@ -1,0 +1,170 @@
+"""The footprint of every chunk's step: peaks by phase with their breakdown, and seconds. Pure but for the trace store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.chunks import Chunk, partition
+from engine.spec import ScheduleSpec, TrainingSpec
+from planner.cache import TraceStore
+from planner.compose import SegmentSummary, summarise
+from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
+from planner.spec import GpuSpec
+from planner.structure import ModelStructure, chunk_roles
+from planner.timing import Rates, rates, transfer_seconds
+
+_WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
+_STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other")
+STATE_BYTES = 8
+"""Two fp32 moments per element."""
+CUDA_GRANULARITY = 512
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Live bytes by category at the highest moment of one segment, and when that segment begins."""
+
+    phase: str
+    segment: str
+    seconds: float
+    by_category: tuple[int, ...]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Sum over the categories."""
+        return sum(self.by_category)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One kind of update within a visit: whether the states come with it and whether they leave with it."""
+
+    comes: bool
+    leaves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFootprint:
+    """One chunk's step: the highest moment of every segment, the time of one update, and what the allocator replay needs."""
+
+    chunk: Chunk
+    moments: tuple[Moment, ...]
+    seconds: float
+    trace: StepTrace
+    runs: tuple[LayerRun, ...]
+
+    @property
+    def peak(self) -> Moment:
+        """The highest moment of the step."""
+        return max(self.moments, key=lambda moment: moment.allocated_bytes)
+
+    def phase_peaks(self) -> dict[str, int]:
+        """Highest allocated bytes of each phase."""
+        peaks: dict[str, int] = {}
+        for moment in self.moments:
+            peaks[moment.phase] = max(peaks.get(moment.phase, 0), moment.allocated_bytes)
+        return peaks
+
+
+def updates_of_visit(schedule: ScheduleSpec) -> list[Update]:
+    """The distinct kinds of update of a visit."""
+    if schedule.switch_every == 1:
+        return [Update(True, True)]
+    middle = [Update(False, False)] if schedule.switch_every > 2 else []
+    return [Update(True, False), *middle, Update(False, True)]
+
+
+class Footprints:
+    """Computes chunks' footprints for one model, training spec and device.
+
+    Args:
+        store: traces of the model under the spec.
+        training: the spec; its schedule is given separately.
+        gpu: decides granularity and time.
+    """
+
+    def __init__(self, store: TraceStore, training: TrainingSpec, gpu: GpuSpec) -> None:
+        self.store = store
+        self.training = training
+        self.gpu = gpu
+        self.structure: ModelStructure = store.structure()
+        self.granularity = 1 if gpu.kind == "cpu" else CUDA_GRANULARITY
+        self._rates: Rates = rates(training.precision, gpu)
+
+    def chunks(self, num_chunks: int) -> list[Chunk]:
+        """The stream's partition; raises InputError when there are more chunks than rows."""
+        return partition(self.structure.parameters, num_chunks)
+
+    def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
+        """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
+        roles = chunk_roles(self.structure, chunk, self.training)
+        runs = tuple(layer_runs(roles.layers))
+        trace = self.store.step(chunk, roles)
+        numels = [piece.numel for piece in chunk.slices]
+        summaries = summarise(trace, runs, numels, self.training.precision.itemsize, self.granularity)
+        variants = [self._moments(chunk, summaries, schedule, update) for update in updates_of_visit(schedule)]
+        moments, _ = max(variants, key=lambda variant: max(m.allocated_bytes for m in variant[0]))
+        seconds = sum(seconds for _, seconds in variants) / len(variants)
+        return ChunkFootprint(chunk, tuple(moments), seconds, trace, runs)
+
+    def resident(self) -> list[int]:
+        """Live bytes by category between two steps."""
+        live = [0] * len(CATEGORIES)
+        live[_WEIGHTS] = sum(self.rounded(info.num_bytes) for info in self.structure.parameters)
+        live[_OTHER] = self.structure.buffer_bytes
+        return live
+
+    def rounded(self, size_bytes: int) -> int:
+        """Size of a block as the device's allocator counts it."""
+        return -(-size_bytes // self.granularity) * self.granularity
+
+    def slice_bytes(self, chunk: Chunk, itemsize: int) -> int:
+        """Bytes of one tensor per slice of the chunk."""
+        return sum(self.rounded(piece.numel * itemsize) for piece in chunk.slices)
+
+    def _moments(
+        self, chunk: Chunk, summaries: Sequence[SegmentSummary], schedule: ScheduleSpec, update: Update
+    ) -> tuple[list[Moment], float]:
+        training = self.training
+        live = self.resident()
+        if not update.comes:
+            live[_STATES] += self.slice_bytes(chunk, STATE_BYTES)
+        others = training.gradient_accumulation_steps - 1
+        live[_OTHER] += 2 * others * training.micro_batch_size * training.seq_len * _ID_BYTES
+        if others:
+            live[_GRADIENTS] += self.slice_bytes(chunk, training.precision.itemsize)
+        moments, seconds = [], 0.0
+        for summary in summaries:
+            at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
+            if summary.phase != "end":
+                moments.append(Moment(summary.phase, segment_name(summary), seconds, at_peak))
+            live = [a + b for a, b in zip(live, summary.net, strict=True)]
+            seconds += self._seconds(summary.work) * summary.num_copies
+        seconds *= training.gradient_accumulation_steps
+        for position, piece in enumerate(chunk.slices):
+            trace = self.store.update(piece.numel, training.precision.itemsize, schedule.states, update.comes, update.leaves)
+            (summary,) = (s for s in summarise(trace, (), (piece.numel,), 0, self.granularity) if s.phase == "optimizer")
+            at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
+            moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
+            live = [a + b for a, b in zip(live, summary.net, strict=True)]
+            seconds += self._seconds(summary.work)
+            if schedule.states == "keep" and self.gpu.kind != "cpu":
+                seconds += (update.comes + update.leaves) * transfer_seconds(piece.numel * STATE_BYTES, self.gpu)
+        return moments, seconds
+
+    def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
+        return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
+
+
+def segment_name(summary: SegmentSummary) -> str:
+    """``embedding``, ``head``, ``layer 3`` or ``layers 3-9`` in the order of time."""
+    if summary.place == EMBED:
+        return "embedding"
+    if summary.place == HEAD:
+        return "head"
+    if summary.num_copies == 1:
+        return f"layer {summary.place}"
+    last = summary.place + (summary.num_copies - 1) * (1 if summary.phase == "forward" else -1)
+    return f"layers {summary.place}-{last}"

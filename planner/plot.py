@@ -1,0 +1,160 @@
+"""Draws a footprint: live memory by category over one cycle, and the device's capacity. Imports no torch.
+
+Two panels share the time axis. The upper one leaves the weights out, which are constant and would flatten everything
+else; the lower one shows all memory against the capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from planner.spec import Plan, Timeline, TimelinePoint
+
+GIBIBYTE = 1 << 30
+_INK, _MUTED, _GRID, _CAPACITY = "#1f2933", "#697586", "#e4e7eb", "#c0392b"
+# From what stays to what comes and goes; hues that colour-blind readers can tell apart.
+_COLOURS = {
+    "weights": "#34558b",
+    "optimizer_states": "#6f9fd8",
+    "gradients": "#2a9d8f",
+    "activations": "#e9b949",
+    "loss": "#e76f51",
+    "workspace": "#9b72b0",
+    "other": "#b8c0ca",
+}
+_ABOVE_WEIGHTS = [category for category in _COLOURS if category != "weights"]
+_MAX_CHUNK_LABELS = 16
+
+
+def plot_footprint(plan: Plan, timeline: Timeline, path: Path) -> None:
+    """Write the picture; the suffix of ``path`` decides the format (png, svg, pdf).
+
+    Args:
+        plan: what the picture is of.
+        timeline: its footprint over one cycle.
+        path: the file.
+    """
+    figure = Figure(figsize=(11, 6.4), dpi=160, facecolor="white", layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1.25])
+    _stack(upper, timeline.points, _ABOVE_WEIGHTS)
+    _stack(lower, timeline.points, list(_COLOURS))
+    _mark_peak(upper, timeline)
+    _mark_chunks(upper, lower, timeline)
+    _mark_capacity(lower, plan, timeline)
+    _label(figure, upper, lower, plan)
+    figure.savefig(path)
+
+
+def _stack(axes: Axes, points: Sequence[TimelinePoint], categories: Sequence[str]) -> None:
+    """Stacked areas; a point holds until the next one."""
+    seconds = np.array([point.seconds for point in points])
+    edges = np.append(seconds, seconds[-1] + _mean_gap(seconds))
+    below = np.zeros(len(edges))
+    for category in categories:
+        values = np.array([getattr(point.breakdown, category) for point in points]) / GIBIBYTE
+        if not values.any():
+            continue
+        top = below + np.append(values, values[-1])
+        label = category.replace("_", " ")
+        axes.fill_between(edges, below, top, step="post", color=_COLOURS[category], linewidth=0, label=label)
+        below = top
+    axes.step(edges, below, where="post", color=_INK, linewidth=0.5)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, float(below.max()) * 1.16 or 1.0)
+
+
+def _mean_gap(seconds: np.ndarray) -> float:
+    return float(seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1) or 1.0
+
+
+def _mark_peak(axes: Axes, timeline: Timeline) -> None:
+    highest = max(timeline.points, key=lambda point: point.allocated_bytes)
+    top = (highest.allocated_bytes - highest.breakdown.weights) / GIBIBYTE
+    is_late = highest.seconds > sum(axes.get_xlim()) / 2
+    axes.plot(highest.seconds, top, marker="v", markersize=6, color=_INK, clip_on=False)
+    axes.annotate(
+        f"peak {highest.allocated_bytes / GIBIBYTE:.2f} GiB with the weights · "
+        f"chunk {highest.chunk_index}, {highest.phase}",
+        (highest.seconds, top),
+        xytext=(-8 if is_late else 8, 6),
+        textcoords="offset points",
+        ha="right" if is_late else "left",
+        fontsize=8.5,
+        color=_INK,
+    )
+
+
+def _mark_chunks(upper: Axes, lower: Axes, timeline: Timeline) -> None:
+    """A light line where a chunk becomes active, and its number where there is room."""
+    starts = [
+        (point.seconds, point.chunk_index)
+        for previous, point in zip([None, *timeline.points], timeline.points, strict=False)
+        if previous is None or previous.chunk_index != point.chunk_index
+    ]
+    stride = -(-len(starts) // _MAX_CHUNK_LABELS)
+    for position, (seconds, index) in enumerate(starts):
+        for axes in (upper, lower):
+            axes.axvline(seconds, color="white", linewidth=0.5, alpha=0.7)
+        if position % stride == 0:
+            upper.annotate(
+                f"chunk {index}" if position == 0 else str(index),
+                (seconds, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, 3),
+                textcoords="offset points",
+                fontsize=7,
+                color=_MUTED,
+            )
+
+
+def _mark_capacity(axes: Axes, plan: Plan, timeline: Timeline) -> None:
+    """The capacity as a line; in words where it is so far above that the footprint would be a stripe."""
+    peak = max(point.allocated_bytes for point in timeline.points) / GIBIBYTE
+    capacity = plan.capacity_bytes / GIBIBYTE
+    is_near = capacity < 4 * peak
+    top = max(peak, capacity if is_near else peak) * 1.3
+    axes.set_ylim(0, top)
+    if is_near:
+        axes.axhline(capacity, color=_CAPACITY, linewidth=1.3, linestyle=(0, (6, 3)))
+    axes.annotate(
+        f"capacity {capacity:.2f} GiB" + ("" if is_near else " ↑"),
+        (1.0, capacity if is_near else top * 0.97),
+        xycoords=("axes fraction", "data"),
+        xytext=(-6, 3 if is_near else 0),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if is_near else "top",
+        fontsize=8.5,
+        color=_CAPACITY,
+    )
+
+
+def _label(figure: Figure, upper: Axes, lower: Axes, plan: Plan) -> None:
+    training = plan.request.training
+    schedule = training.schedule
+    device = plan.request.gpu if isinstance(plan.request.gpu, str) else plan.request.gpu.name
+    chunks = "" if schedule == "auto" else f", {schedule.num_chunks} chunks {schedule.order.value}"
+    batch = f"batch {training.micro_batch_size} × {training.seq_len} tokens"
+    verdict = "fits" if plan.fits else "does not fit"
+    title = f"{plan.model.name} on {device}: {verdict}"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    subtitle = f"{training.precision.value}, {training.optimizer}, {batch}{chunks}; one cycle"
+    upper.set_title(f"{subtitle}\n", loc="left", fontsize=9.5, color=_MUTED)
+    upper.set_ylabel("GiB on top of the weights", color=_MUTED)
+    lower.set_ylabel("GiB, all", color=_MUTED)
+    lower.set_xlabel("seconds since the start of the cycle", color=_MUTED)
+    for axes in (upper, lower):
+        axes.tick_params(colors=_MUTED, length=3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GRID)
+        axes.grid(axis="y", color=_GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+    handles, labels = lower.get_legend_handles_labels()
+    upper.legend(
+        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=_INK
+    )
