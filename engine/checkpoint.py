@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.files import sha256_file, sync_path
-from engine.optimizer import ChunkStates, SliceStates, host_empty
+from engine.optimizer import ChunkStates, Moments, host_empty
 from engine.tuner import ChunkFT
 
 _FORMAT = 1
@@ -168,13 +168,12 @@ def _describe(file: Path, index: int, states: ChunkStates) -> dict[str, Any]:
 def _chunk_tensors(tuner: ChunkFT, index: int, states: ChunkStates) -> dict[str, Tensor]:
     """The chunk's weights, and its moments from wherever they are now."""
     tensors: dict[str, Tensor] = {}
-    for position, piece in enumerate(tuner.chunks[index].slices):
+    for ordinal, piece in enumerate(tuner.chunks[index].slices):
         flat = tuner.stream.parameters[piece.index].detach().view(-1)
-        tensors[f"weight.{position}"] = flat[piece.start : piece.stop].cpu()
-        moments = states.device.get(position) or states.host.get(position)
-        if moments is not None:
-            tensors[f"exp_avg.{position}"] = moments.exp_avg.cpu()
-            tensors[f"exp_avg_sq.{position}"] = moments.exp_avg_sq.cpu()
+        tensors[f"weight.{ordinal}"] = flat[piece.start : piece.stop].cpu()
+    for (ordinal, begin), moments in {**states.host, **states.device}.items():
+        tensors[f"exp_avg.{ordinal}.{begin}"] = moments.exp_avg.cpu()
+        tensors[f"exp_avg_sq.{ordinal}.{begin}"] = moments.exp_avg_sq.cpu()
     return tensors
 
 
@@ -183,14 +182,15 @@ def _load_chunk(tuner: ChunkFT, file: Path, entry: dict[str, Any]) -> None:
     tensors = load_file(file)
     states = ChunkStates(int(entry["num_updates"]), int(entry["last_update"]))
     device = tuner.stream.parameters[0].device
-    for position, piece in enumerate(tuner.chunks[index].slices):
+    for ordinal, piece in enumerate(tuner.chunks[index].slices):
         flat = tuner.stream.parameters[piece.index].detach().view(-1)
-        flat[piece.start : piece.stop].copy_(tensors[f"weight.{position}"])
-        if f"exp_avg.{position}" in tensors:
-            home = SliceStates(host_empty(piece.numel, device), host_empty(piece.numel, device))
-            home.exp_avg.copy_(tensors[f"exp_avg.{position}"])
-            home.exp_avg_sq.copy_(tensors[f"exp_avg_sq.{position}"])
-            states.host[position] = home
+        flat[piece.start : piece.stop].copy_(tensors[f"weight.{ordinal}"])
+    for name, exp_avg in tensors.items():
+        kind, *key = name.split(".")
+        if kind == "exp_avg":
+            home = Moments(host_empty(exp_avg.numel(), device), host_empty(exp_avg.numel(), device))
+            home.copy_(Moments(exp_avg, tensors[f"exp_avg_sq.{key[0]}.{key[1]}"]))
+            states.host[int(key[0]), int(key[1])] = home
     tuner.optimizer.chunks[index] = states
 
 

@@ -1,10 +1,10 @@
 """AdamW on the active chunk, with states that live in host memory (keep) or only during a visit (reset).
 
-States come to the device with a slice's first update of a visit and leave with its last. With one update per visit they therefore pass
-through slice by slice: at no time are more than one slice's states on the device.
+Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit and leave with its last: with
+one update per visit they pass through block by block, and the device never holds more than one block's states.
 
 Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
-bf16 weights are updated in fp32, block by block, and rounded stochastically: rounding to nearest would lose most small updates.
+bf16 weights are updated in fp32 and rounded stochastically: rounding to nearest would lose most small updates.
 """
 
 from __future__ import annotations
@@ -20,26 +20,34 @@ from torch.optim.adamw import adamw
 from engine.gradients import ActiveSlice
 from engine.schedule import Visit
 
-_BLOCK_NUMEL = 4 * 2**20
-"""Elements of a bf16 weight that are updated at a time: 48 MiB of fp32 temporaries."""
+BLOCK_NUMEL = 4 * 2**20
+"""Elements that are updated at a time: 32 MiB of states, and for bf16 weights 48 MiB of fp32 temporaries."""
+
+BlockKey = tuple[int, int]
+"""Ordinal of the slice within its chunk, and first element of the block within the slice."""
 
 
 @dataclass(slots=True)
-class SliceStates:
-    """First and second moments of one slice, fp32, [numel] each."""
+class Moments:
+    """First and second moments of one block, fp32, [numel] each."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
+    def copy_(self, other: Moments) -> None:
+        """Take over the other's values, from wherever they are."""
+        self.exp_avg.copy_(other.exp_avg)
+        self.exp_avg_sq.copy_(other.exp_avg_sq)
+
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: its own number of updates, the run's number of its last one, its slices' moments where they live now."""
+    """One chunk's states: its own number of updates, the run's number of its last one, its blocks' moments where they live now."""
 
     num_updates: int = 0
     last_update: int = -1
-    host: dict[int, SliceStates] = field(default_factory=dict)
-    device: dict[int, SliceStates] = field(default_factory=dict)
+    host: dict[BlockKey, Moments] = field(default_factory=dict)
+    device: dict[BlockKey, Moments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,49 +78,57 @@ class ChunkAdamW:
             states.host.clear()
         states.num_updates += 1
         states.last_update = visit.update
-        for position, piece in enumerate(active):
-            if piece.tensor.grad is not None:
-                self.update_slice(states, position, piece, learning_rate)
-            if visit.is_last:
-                self.leave_slice(states, position)
+        for ordinal, piece in enumerate(active):
+            self.update_slice(states, ordinal, piece, visit.is_last, learning_rate)
         return norm
 
-    def update_slice(self, states: ChunkStates, position: int, piece: ActiveSlice, learning_rate: float) -> None:
-        """Bring the slice's states in if they are away, update its weights, release its gradient."""
-        moments = states.device.get(position) or self._enter_slice(states, position, piece.tensor)
+    def update_slice(
+        self, states: ChunkStates, ordinal: int, piece: ActiveSlice, is_last: bool, learning_rate: float
+    ) -> None:
+        """Update the slice's weights block by block, then release its gradient; after the visit's last update its states leave."""
         gradient = piece.tensor.grad
-        assert gradient is not None
-        with torch.no_grad():
-            if piece.tensor.dtype == torch.float32:
-                self._apply(piece.tensor, gradient, moments, states.num_updates, learning_rate)
-            else:
-                self._apply_rounded(piece.tensor, gradient, moments, states.num_updates, learning_rate)
+        if gradient is None:
+            return
+        weight = piece.tensor.detach()
+        for begin in range(0, weight.numel(), BLOCK_NUMEL):
+            block = slice(begin, begin + BLOCK_NUMEL)
+            self._update_block(states, (ordinal, begin), weight[block], gradient[block], learning_rate)
+            if is_last:
+                self._leave(states, (ordinal, begin))
         del gradient
         piece.release_gradient()
 
-    def leave_slice(self, states: ChunkStates, position: int) -> None:
-        """Send the slice's states to the host (keep) or drop them (reset)."""
-        moments = states.device.pop(position, None)
-        if moments is None or self.config.states == "reset":
+    @torch.no_grad()
+    def _update_block(
+        self, states: ChunkStates, key: BlockKey, weight: Tensor, gradient: Tensor, learning_rate: float
+    ) -> None:
+        moments = states.device.get(key) or self._enter(states, key, weight)
+        if weight.dtype == torch.float32:
+            self._adamw(weight, gradient, moments, states.num_updates, learning_rate)
             return
-        home = states.host.get(position)
-        if home is None:
-            numel, device = moments.exp_avg.numel(), moments.exp_avg.device
-            home = states.host[position] = SliceStates(host_empty(numel, device), host_empty(numel, device))
-        home.exp_avg.copy_(moments.exp_avg)
-        home.exp_avg_sq.copy_(moments.exp_avg_sq)
+        exact = weight.float()
+        self._adamw(exact, gradient.float(), moments, states.num_updates, learning_rate)
+        weight.copy_(stochastic_round_(exact))
 
-    def _enter_slice(self, states: ChunkStates, position: int, leaf: Tensor) -> SliceStates:
-        exp_avg = torch.zeros_like(leaf, dtype=torch.float32, requires_grad=False)
-        exp_avg_sq = torch.zeros_like(exp_avg)
-        home = states.host.get(position)
-        if home is not None:
-            exp_avg.copy_(home.exp_avg)
-            exp_avg_sq.copy_(home.exp_avg_sq)
-        moments = states.device[position] = SliceStates(exp_avg, exp_avg_sq)
+    def _enter(self, states: ChunkStates, key: BlockKey, weight: Tensor) -> Moments:
+        """Moments of a block on the device: from the host, or zero."""
+        zeros = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+        moments = states.device[key] = Moments(*zeros)
+        if key in states.host:
+            moments.copy_(states.host[key])
         return moments
 
-    def _apply(self, weight: Tensor, gradient: Tensor, moments: SliceStates, count: int, learning_rate: float) -> None:
+    def _leave(self, states: ChunkStates, key: BlockKey) -> None:
+        """Send a block's moments to the host (keep) or drop them (reset)."""
+        moments = states.device.pop(key)
+        if self.config.states == "reset":
+            return
+        if key not in states.host:
+            numel, device = moments.exp_avg.numel(), moments.exp_avg.device
+            states.host[key] = Moments(host_empty(numel, device), host_empty(numel, device))
+        states.host[key].copy_(moments)
+
+    def _adamw(self, weight: Tensor, gradient: Tensor, moments: Moments, count: int, learning_rate: float) -> None:
         config = self.config
         step = torch.full((), float(count - 1), dtype=torch.float32, device=weight.device)
         adamw(
@@ -120,17 +136,6 @@ class ChunkAdamW:
             fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=learning_rate,
             weight_decay=config.weight_decay, eps=config.eps, maximize=False,
         )  # fmt: skip
-
-    def _apply_rounded(
-        self, weight: Tensor, gradient: Tensor, moments: SliceStates, count: int, learning_rate: float
-    ) -> None:
-        for begin in range(0, weight.numel(), _BLOCK_NUMEL):
-            block = slice(begin, begin + _BLOCK_NUMEL)
-            exact = weight[block].float()
-            part = SliceStates(moments.exp_avg[block], moments.exp_avg_sq[block])
-            self._apply(exact, gradient[block].float(), part, count, learning_rate)
-            weight[block].copy_(stochastic_round_(exact))
-            del exact
 
 
 def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:

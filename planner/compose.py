@@ -20,7 +20,7 @@ class CompositionError(RuntimeError):
 class ComposedSegment:
     """One segment of the whole step: its traced segment, the real layer it is (or a place outside the layers), and its events.
 
-    Events are (block number, size in bytes, category); a negative size frees the block.
+    Events are (block number, size in bytes, ordinal of the slice whose gradient it is or −1); a negative size frees the block.
     """
 
     phase: str
@@ -55,16 +55,16 @@ def compose(trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[i
                 number = len(sizes)
                 block = blocks[event]
                 numbers[segment.phase, here, born[event][2]] = number
-                sizes[number] = (block.size_bytes, block.category)
-                events.append((number, block.size_bytes, block.category))
+                sizes[number] = (block.size_bytes, block.slice_ordinal)
+                events.append((number, block.size_bytes, block.slice_ordinal))
                 continue
             phase, _, ordinal = birth = born[-1 - event]
             for target in _targets(segment, here, birth, layers, shared):
                 number = numbers.pop((phase, target, ordinal), -1)
                 if number < 0:
                     raise CompositionError(f"{segment.phase} of {here} frees an unknown block of {phase} of {target}")
-                size_bytes, category = sizes[number]
-                events.append((number, -size_bytes, category))
+                size_bytes, ordinal_of_slice = sizes[number]
+                events.append((number, -size_bytes, ordinal_of_slice))
         composed.append(ComposedSegment(segment.phase, here, events, segment))
     return composed
 

@@ -16,8 +16,8 @@ from planner.timing import Rates, rates, transfer_seconds
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
 _STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other")
-STATE_BYTES = 8
-"""Two fp32 moments per element."""
+MOMENT_BYTES = 4
+"""Per element of each of the two moments, fp32."""
 CUDA_GRANULARITY = 512
 _ID_BYTES = 8
 
@@ -109,6 +109,10 @@ class Footprints:
         seconds = sum(seconds for _, seconds in variants) / len(variants)
         return ChunkFootprint(chunk, tuple(moments), seconds, trace, runs)
 
+    def update_trace(self, numel: int, schedule: ScheduleSpec, update: Update) -> StepTrace:
+        """The optimizer's work on one slice."""
+        return self.store.update(numel, self.training.precision.itemsize, schedule.states, update.comes, update.leaves)
+
     def resident(self) -> list[int]:
         """Live bytes by category between two steps."""
         live = [0] * len(CATEGORIES)
@@ -120,9 +124,9 @@ class Footprints:
         """Size of a block as the device's allocator counts it."""
         return -(-size_bytes // self.granularity) * self.granularity
 
-    def slice_bytes(self, chunk: Chunk, itemsize: int) -> int:
-        """Bytes of one tensor per slice of the chunk."""
-        return sum(self.rounded(piece.numel * itemsize) for piece in chunk.slices)
+    def states_bytes(self, chunk: Chunk) -> int:
+        """Both moments of all slices of the chunk."""
+        return sum(2 * self.rounded(piece.numel * MOMENT_BYTES) for piece in chunk.slices)
 
     def _moments(
         self, chunk: Chunk, summaries: Sequence[SegmentSummary], schedule: ScheduleSpec, update: Update
@@ -130,11 +134,11 @@ class Footprints:
         training = self.training
         live = self.resident()
         if not update.comes:
-            live[_STATES] += self.slice_bytes(chunk, STATE_BYTES)
+            live[_STATES] += self.states_bytes(chunk)
         others = training.gradient_accumulation_steps - 1
         live[_OTHER] += 2 * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
-            live[_GRADIENTS] += self.slice_bytes(chunk, training.precision.itemsize)
+            live[_GRADIENTS] += sum(self.rounded(p.numel * training.precision.itemsize) for p in chunk.slices)
         moments, seconds = [], 0.0
         for summary in summaries:
             at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
@@ -144,14 +148,16 @@ class Footprints:
             seconds += self._seconds(summary.work) * summary.num_copies
         seconds *= training.gradient_accumulation_steps
         for position, piece in enumerate(chunk.slices):
-            trace = self.store.update(piece.numel, training.precision.itemsize, schedule.states, update.comes, update.leaves)
+            trace = self.update_trace(piece.numel, schedule, update)
             (summary,) = (s for s in summarise(trace, (), (piece.numel,), 0, self.granularity) if s.phase == "optimizer")
             at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
             moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
+            if update.leaves and not update.comes:
+                live[_STATES] -= 2 * self.rounded(piece.numel * MOMENT_BYTES)
             seconds += self._seconds(summary.work)
             if schedule.states == "keep" and self.gpu.kind != "cpu":
-                seconds += (update.comes + update.leaves) * transfer_seconds(piece.numel * STATE_BYTES, self.gpu)
+                seconds += (update.comes + update.leaves) * transfer_seconds(2 * piece.numel * MOMENT_BYTES, self.gpu)
         return moments, seconds
 
     def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:

@@ -125,6 +125,8 @@ class Plan(Result):
     capacity_bytes: int
     model: ModelFacts
     peak: Peak
+    schedule: ScheduleSpec
+    """The schedule that the figures are for: the request's, or the one that ``auto`` chose."""
     chunks: list[ChunkPlan]
     step_seconds: float
     """Mean over a cycle of one optimizer update."""

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from engine.chunks import Chunk
 from engine.gradients import Activation, ActiveSlice, CutParameter
 from engine.models import decoder_layers, meta_model
-from engine.optimizer import AdamWConfig, ChunkAdamW, ChunkStates, SliceStates
+from engine.optimizer import BLOCK_NUMEL, AdamWConfig, BlockKey, ChunkAdamW, ChunkStates, Moments
 from engine.spec import CheckpointedLayers, TrainingSpec
 from engine.step import StepOptions, forward_backward, prepared
 from engine.stream import ParameterStream
@@ -324,30 +324,40 @@ def trace_update(numel: int, itemsize: int, policy: Literal["keep", "reset"], co
     piece = ActiveSlice("slice", 0, numel, leaf, nn.Parameter(torch.empty(0, device="meta")))
     optimizer = ChunkAdamW(AdamWConfig(states=policy))
     states = ChunkStates(1)
+    blocks = {(0, begin): min(BLOCK_NUMEL, numel - begin) for begin in range(0, numel, BLOCK_NUMEL)}
     if policy == "keep":
-        states.host[0] = _moments(numel)
+        states.host = {key: _moments(size) for key, size in blocks.items()}
     if not comes:
-        states.device[0] = _moments(numel)
+        states.device = {key: _moments(size) for key, size in blocks.items()}
     there = [*states.host.values(), *states.device.values()]
     mode = MemoryTrace("cpu")
     for tensor in (leaf, *(t for moments in there for t in (moments.exp_avg, moments.exp_avg_sq))):
         mode.ignore(tensor)
+    states.device = _Watched(mode, states.device)
     mode.category = _WORKSPACE
     with mode:
         mode.enter_segment("gradient", EMBED)
         leaf.grad = torch.empty_like(leaf, requires_grad=False)
         mode.enter_segment("optimizer", EMBED)
-        optimizer.update_slice(states, 0, piece, 1e-3)
-        moments = states.device[0]
-        state_blocks = {mode.block_of(moments.exp_avg), mode.block_of(moments.exp_avg_sq)} - {-1}
-        del moments
-        if leaves:
-            optimizer.leave_slice(states, 0)
+        optimizer.update_slice(states, 0, piece, leaves, 1e-3)
         mode.enter_segment("end", EMBED)
-    categories = {0: _GRADIENTS} | dict.fromkeys(state_blocks, _STATES)
-    blocks = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))
-    return StepTrace(blocks, mode.finished_segments(), (numel,))
+    categories = {0: _GRADIENTS} | dict.fromkeys(states.device.blocks, _STATES)
+    found = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))
+    return StepTrace(found, mode.finished_segments(), (numel,))
 
 
-def _moments(numel: int) -> SliceStates:
-    return SliceStates(*(torch.empty(numel, dtype=torch.float32, device="meta") for _ in range(2)))
+def _moments(numel: int) -> Moments:
+    return Moments(*(torch.empty(numel, dtype=torch.float32, device="meta") for _ in range(2)))
+
+
+class _Watched(dict[BlockKey, Moments]):
+    """The optimizer's states on the device; remembers which blocks of the trace they were."""
+
+    def __init__(self, mode: MemoryTrace, content: dict[BlockKey, Moments]) -> None:
+        super().__init__(content)
+        self._mode = mode
+        self.blocks: set[int] = set()
+
+    def __setitem__(self, key: BlockKey, moments: Moments) -> None:
+        self.blocks |= {self._mode.block_of(moments.exp_avg), self._mode.block_of(moments.exp_avg_sq)}
+        super().__setitem__(key, moments)

@@ -1,0 +1,220 @@
+"""``plan``: from a request to the footprint, the time, and the verdict. No GPU, no network, no service."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from engine.chunks import Chunk
+from engine.schedule import Schedule
+from engine.spec import ScheduleSpec, TrainingSpec
+from planner.cache import TraceStore, code_digest
+from planner.catalog import ModelEntry, find_gpu, find_model
+from planner.footprint import MOMENT_BYTES, ChunkFootprint, Footprints, Moment
+from planner.overheads import Overheads, overheads
+from planner.replay import reserved_bytes
+from planner.segments import CATEGORIES
+from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
+
+PLANNER_VERSION = "1"
+_MIB = 2**20
+CUDA_MARGIN = 0.03
+"""Share of everything but the weights that a bound on CUDA adds: kernels' scratch is tabulated, not yet measured per device."""
+CUDA_MARGIN_BYTES = 96 * _MIB
+CPU_MARGIN = 0.02
+CPU_MARGIN_BYTES = 8 * _MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One schedule, computed: every chunk's footprint and the peak over the cycle."""
+
+    training: TrainingSpec
+    schedule: ScheduleSpec
+    chunks: tuple[ChunkFootprint, ...]
+    peak: Peak
+    fits: bool
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean over a cycle of one update."""
+        return sum(chunk.seconds for chunk in self.chunks) / len(self.chunks)
+
+
+class Planner:
+    """Evaluates schedules of one request's model, device and training spec."""
+
+    def __init__(self, request: PlanRequest) -> None:
+        self.request = request
+        self.model: ModelEntry = find_model(request.model)
+        self.gpu: GpuSpec = find_gpu(request.gpu)
+        self.overheads: Overheads = overheads(self.gpu)
+        usable = self.gpu.memory_bytes - self.overheads.driver_reserved_bytes
+        self.capacity_bytes = min(usable, request.memory_limit_bytes or usable)
+        self._footprints: dict[str, Footprints] = {}
+
+    def footprints(self, training: TrainingSpec) -> Footprints:
+        """Footprints under a spec; specs that differ only in the schedule share them."""
+        key = training.model_dump_json(exclude={"schedule"})
+        if key not in self._footprints:
+            store = TraceStore(self.model.config, training, self.gpu.kind)
+            self._footprints[key] = Footprints(store, training, self.gpu)
+        return self._footprints[key]
+
+    def evaluate(self, training: TrainingSpec, schedule: ScheduleSpec) -> Evaluation:
+        """Footprints of all chunks, the peak with all its counters, and whether it fits."""
+        footprints = self.footprints(training)
+        chunks = tuple(footprints.of_chunk(chunk, schedule) for chunk in footprints.chunks(schedule.num_chunks))
+        footprints.store.save()
+        highest = max(chunks, key=lambda chunk: chunk.peak.allocated_bytes)
+        peak = self._peak(footprints, chunks, highest, schedule)
+        return Evaluation(training, schedule, chunks, peak, peak.upper_bytes <= self.capacity_bytes)
+
+    def _peak(
+        self, footprints: Footprints, chunks: tuple[ChunkFootprint, ...], highest: ChunkFootprint, schedule: ScheduleSpec
+    ) -> Peak:
+        moment, extra = highest.peak, self.overheads
+        categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
+        categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
+        breakdown = Breakdown(**categories)
+        allocated = breakdown.total_bytes
+        slabs = 0
+        if schedule.states == "keep":
+            slabs = 2 * MOMENT_BYTES * footprints.structure.num_parameters
+        if self.gpu.kind == "cpu":
+            reserved = allocated
+            device = host = allocated + slabs + extra.runtime_bytes
+        else:
+            reserved = max(reserved_bytes(footprints, chunks, schedule, extra), allocated)
+            device, host = reserved + extra.context_bytes, slabs + extra.runtime_bytes
+        return Peak(
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+            device_bytes=device,
+            host_bytes=host,
+            upper_bytes=device + self._margin(device, footprints.structure.parameter_bytes),
+            phase=moment.phase,
+            chunk_index=highest.chunk.index,
+            breakdown=breakdown,
+        )
+
+    def _margin(self, device_bytes: int, weights_bytes: int) -> int:
+        uncertain = device_bytes - weights_bytes
+        if self.gpu.kind == "cpu":
+            return int(uncertain * CPU_MARGIN) + CPU_MARGIN_BYTES
+        return int(uncertain * CUDA_MARGIN) + CUDA_MARGIN_BYTES
+
+    def floor_bytes(self, training: TrainingSpec) -> int:
+        """Device bytes that no schedule goes below: weights, libraries, context, and the bound's fixed part."""
+        structure, extra = self.footprints(training).structure, self.overheads
+        if self.gpu.kind == "cpu":
+            return structure.parameter_bytes + extra.runtime_bytes + CPU_MARGIN_BYTES
+        workspaces = extra.workspace_bytes * extra.num_workspaces
+        return structure.parameter_bytes + workspaces + extra.context_bytes + CUDA_MARGIN_BYTES
+
+
+def plan(request: PlanRequest) -> Plan:
+    """Answer a request: the footprint of its schedule, or of the one that ``auto`` finds.
+
+    Raises:
+        InputError: an unknown model or GPU, a config that cannot be built, more chunks than rows, …; names the field.
+    """
+    from planner.search import alternatives, choose
+
+    planner = Planner(request)
+    chosen = choose(planner)
+    return Plan(
+        id=plan_id(request, planner),
+        planner_version=PLANNER_VERSION,
+        request=request,
+        fits=chosen.fits,
+        capacity_bytes=planner.capacity_bytes,
+        model=_facts(planner, chosen.training),
+        peak=chosen.peak,
+        chunks=[_chunk_plan(planner, chosen, footprint) for footprint in chosen.chunks],
+        schedule=chosen.schedule,
+        step_seconds=chosen.step_seconds,
+        tokens_per_second=_tokens(chosen.training) / chosen.step_seconds,
+        alternatives=alternatives(planner, chosen),
+        warnings=_warnings(planner, chosen),
+    )
+
+
+def timeline(request: PlanRequest) -> Timeline:
+    """The footprint over one cycle in the schedule's order: the highest moment of every segment of every chunk's step."""
+    from planner.search import choose
+
+    planner = Planner(request)
+    chosen = choose(planner)
+    workspaces = planner.overheads.workspace_bytes * planner.overheads.num_workspaces
+    points, begin = [], 0.0
+    for index in Schedule(len(chosen.chunks), chosen.schedule.order, 1).cycle_order(0):
+        footprint = chosen.chunks[index]
+        points.extend(_point(footprint.chunk, moment, begin, workspaces) for moment in footprint.moments)
+        begin += footprint.seconds
+    return Timeline(plan_id=plan_id(request, planner), capacity_bytes=planner.capacity_bytes, points=points)
+
+
+def plan_id(request: PlanRequest, planner: Planner) -> str:
+    """Content address: request, device, model and planner decide it."""
+    asked = request.model_dump(mode="json")
+    content = [asked, planner.gpu.model_dump(mode="json"), planner.model.config, PLANNER_VERSION, code_digest()]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return f"plan_{digest[:24]}"
+
+
+def _tokens(training: TrainingSpec) -> int:
+    return training.seq_len * training.micro_batch_size * training.gradient_accumulation_steps
+
+
+def _facts(planner: Planner, training: TrainingSpec) -> ModelFacts:
+    structure = planner.footprints(training).structure
+    return ModelFacts(
+        name=planner.model.id,
+        architecture=planner.model.architecture,
+        num_parameters=structure.num_parameters,
+        num_layers=structure.num_layers,
+        parameter_bytes=structure.parameter_bytes,
+    )
+
+
+def _chunk_plan(planner: Planner, chosen: Evaluation, footprint: ChunkFootprint) -> ChunkPlan:
+    names = planner.footprints(chosen.training).structure.parameters
+    pieces = footprint.chunk.slices
+    workspaces = planner.overheads.workspace_bytes * planner.overheads.num_workspaces
+    return ChunkPlan(
+        index=footprint.chunk.index,
+        num_parameters=footprint.chunk.num_parameters,
+        first_parameter=names[pieces[0].index].name,
+        last_parameter=names[pieces[-1].index].name,
+        peak_allocated_bytes=footprint.peak.allocated_bytes + workspaces,
+        phase_peak_bytes={phase: peak + workspaces for phase, peak in footprint.phase_peaks().items()},
+        step_seconds=footprint.seconds,
+    )
+
+
+def _point(chunk: Chunk, moment: Moment, begin: float, workspaces: int) -> TimelinePoint:
+    categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
+    categories["workspace"] += workspaces
+    breakdown = Breakdown(**categories)
+    return TimelinePoint(
+        chunk_index=chunk.index,
+        phase=moment.phase,
+        segment=moment.segment,
+        seconds=begin + moment.seconds,
+        allocated_bytes=breakdown.total_bytes,
+        breakdown=breakdown,
+    )
+
+
+def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
+    warnings = []
+    host = planner.gpu.kind != "cpu" and chosen.schedule.states == "keep"
+    if host and chosen.peak.host_bytes > 2**36:
+        gib = chosen.peak.host_bytes / 2**30
+        warnings.append(f"states: keep needs {gib:.0f} GiB of host memory; 'reset' needs none for states")
+    if planner.gpu.kind == "rocm":
+        warnings.append("ROCm devices are planned with CUDA's allocator and kernels: treat the figures as estimates")
+    return warnings
+
