@@ -28,7 +28,8 @@ _COLOURS = {
     "other": "#b8c0ca",
 }
 _ABOVE_WEIGHTS = [category for category in _COLOURS if category != "weights"]
-_MAX_CHUNK_LABELS = 16
+_LABEL_SHARE = 0.035
+"""Of the axis, that the number of a chunk needs."""
 
 
 def plot_footprint(plan: Plan, timeline: Timeline, path: Path) -> None:
@@ -96,13 +97,16 @@ def _mark_chunks(upper: Axes, lower: Axes, timeline: Timeline) -> None:
         for previous, point in zip([None, *timeline.points], timeline.points, strict=False)
         if previous is None or previous.chunk_index != point.chunk_index
     ]
-    stride = -(-len(starts) // _MAX_CHUNK_LABELS)
-    for position, (seconds, index) in enumerate(starts):
+    begin, end = upper.get_xlim()
+    next_label = begin
+    for seconds, index in starts:
         for axes in (upper, lower):
             axes.axvline(seconds, color="white", linewidth=0.5, alpha=0.7)
-        if position % stride == 0:
+        if seconds >= next_label:
+            is_first = seconds == begin
+            next_label = seconds + (end - begin) * _LABEL_SHARE * (2 if is_first else 1)
             upper.annotate(
-                f"chunk {index}" if position == 0 else str(index),
+                f"chunk {index}" if is_first else str(index),
                 (seconds, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(2, 3),

@@ -1,0 +1,144 @@
+"""A job on this machine: checked, planned, and its run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import planner
+from engine.data import check_dataset
+from engine.errors import InputError
+from engine.spec import JobRequest, ModelPath, RunSpec, TrainingSpec, parse
+from planner.catalog import find_gpu, find_model
+from planner.spec import GpuSpec, Plan, PlanRequest
+from service.cli.server import settings_with
+from service.execution.devices import Device, local_devices
+from service.execution.protocol import Launch
+from service.jobs.admission import resolved_training
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What one attempt needs."""
+
+    folder: Path
+    spec: RunSpec
+    plan: Plan
+    launch: Launch
+    locks_dir: Path
+
+    @property
+    def events_file(self) -> Path:
+        """Where the attempt reports."""
+        return self.folder / "attempts" / str(self.launch.number) / "events.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """What the attempt's process printed."""
+        return self.events_file.with_name("log.txt")
+
+    def write(self) -> None:
+        """Put the job where the worker looks for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.json").write_text(self.spec.model_dump_json(indent=1), encoding="utf-8")
+
+
+def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) -> LocalRun:
+    """Check and plan a job.
+
+    Args:
+        request: the job.
+        run_dir: where it runs; a folder of the same job that was stopped is resumed.
+        data_dir: holds ``models/``, ``runs/`` and ``locks/``.
+
+    Raises:
+        InputError: something in it cannot be used; names the field.
+    """
+    settings = settings_with(data_dir=data_dir)
+    model_folder = _model_folder(request, settings)
+    gpu, device = _device(request)
+    dataset = _dataset(request)
+    training = parse(TrainingSpec, request.training.model_dump(include=set(TrainingSpec.model_fields)))
+    plan = planner.plan(PlanRequest(model=ModelPath(path=str(model_folder)), gpu=gpu, training=training))
+    spec = RunSpec(
+        job_id=f"local-{request.name}",
+        name=request.name,
+        model_path=str(model_folder),
+        dataset_path=str(dataset),
+        dataset_format=request.dataset.format,
+        eval_fraction=request.dataset.eval_fraction,
+        training=resolved_training(request.training, plan) if plan.fits else request.training,
+        output_name=request.output.name or request.name,
+        device=device.name,
+    )
+    folder = (run_dir or settings.data_dir / "runs" / request.name).absolute()
+    number = _attempt_number(folder, spec)
+    launch = Launch(attempt_id=f"{spec.job_id}-{number}", run_dir=folder, number=number, device=device.name)
+    return LocalRun(folder, spec, plan, launch, settings.locks_dir)
+
+
+def _model_folder(request: JobRequest, settings: Settings) -> Path:
+    if isinstance(request.model, ModelPath):
+        return Path(request.model.path).expanduser().absolute()
+    if not isinstance(request.model, str):
+        raise InputError("model.config", "a job needs weights: give a catalog id or a path")
+    name = find_model(request.model).id
+    folder = settings.models_dir / name
+    if not (folder / "config.json").is_file():
+        raise InputError("model", f"the weights of {name!r} are not in {folder}: put them there, or give a path")
+    return folder
+
+
+def _device(request: JobRequest) -> tuple[GpuSpec, Device]:
+    """What is planned for, and what runs it."""
+    devices = local_devices()
+    if request.gpu is None:
+        return devices[0].gpu, devices[0]
+    gpu = find_gpu(request.gpu) if isinstance(request.gpu, str) else _inline_gpu(request.gpu)
+    device = next((device for device in devices if device.kind == gpu.kind), None)
+    if device is None:
+        raise InputError("gpu", f"there is no device here to run {gpu.name!r} on; there is: {devices[0].gpu.name}")
+    return gpu, device
+
+
+def _inline_gpu(given: dict[str, object]) -> GpuSpec:
+    try:
+        return parse(GpuSpec, given)
+    except InputError as error:
+        raise InputError(f"gpu.{error.field}", error.message) from error
+
+
+def _dataset(request: JobRequest) -> Path:
+    if request.dataset.path is None:
+        raise InputError("dataset.file_id", "uploads belong to a service; give a path")
+    path = Path(request.dataset.path).expanduser().absolute()
+    check_dataset(path, request.dataset.format)
+    return path
+
+
+def _attempt_number(folder: Path, spec: RunSpec) -> int:
+    """1 in a new folder; the next one where the same job was stopped."""
+    job_file = folder / "job.json"
+    if not job_file.exists():
+        return 1
+    try:
+        is_same = RunSpec.model_validate_json(job_file.read_text(encoding="utf-8")) == spec
+    except ValueError:
+        is_same = False
+    if not is_same:
+        raise InputError("run_dir", f"{folder} holds another job; give another --run-dir")
+    numbers = [int(path.name) for path in (folder / "attempts").glob("*") if path.name.isdigit()]
+    if any(_is_finished(folder / "attempts" / str(number) / "events.jsonl") for number in numbers):
+        raise InputError("run_dir", f"this job has finished in {folder}; give another --run-dir to train it again")
+    return max(numbers, default=0) + 1
+
+
+def _is_finished(events_file: Path) -> bool:
+    try:
+        lines = events_file.read_text(encoding="utf-8").splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return False
+    return bool(last.get("type") == "finished" and last.get("reason") == "completed")

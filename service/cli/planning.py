@@ -1,0 +1,121 @@
+"""``chunkplan plan``: does this run fit this device, and what will its memory do?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.errors import InputError
+from engine.spec import parse
+from planner.spec import Plan, PlanRequest
+from service.cli.exits import DOES_NOT_FIT, CommandError
+from service.cli.output import JsonOption, console, print_json
+from service.cli.requests import device_reference, model_reference, parse_bytes
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Catalog id, Hugging Face name, or a folder with a config.json.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="Catalog id, 'cpu', or a JSON object; by default what this machine has.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
+    method: Annotated[str | None, typer.Option(help="chunkft or full.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Number of chunks.")] = None,
+    order: Annotated[str | None, typer.Option(help="descending, ascending or random.")] = None,
+    switch_every: Annotated[int | None, typer.Option(help="Updates per visit of a chunk.")] = None,
+    states: Annotated[str | None, typer.Option(help="Optimizer states between visits: keep or reset.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw.")] = None,
+    checkpointing: Annotated[str | None, typer.Option(help="Activation checkpointing: full or none.")] = None,
+    loss: Annotated[str | None, typer.Option(help="fused or standard.")] = None,
+    attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="Use at most this much of the device: 12GiB.")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Search for the fastest schedule that fits.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the footprint: FILE.png, .svg or .pdf.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict a run's memory and time. Exit code 3 when it does not fit."""
+    schedule = {"num_chunks": chunks, "order": order, "switch_every": switch_every, "states": states}
+    training = {
+        "method": method,
+        "seq_len": seq_len,
+        "micro_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "optimizer": optimizer,
+        "activation_checkpointing": checkpointing,
+        "loss": loss,
+        "attention": attention,
+        "schedule": _schedule(schedule, auto=auto),
+    }
+    if plot is not None and plot.suffix.lower() not in _PICTURES:
+        raise InputError("plot", f"must end in {', '.join(_PICTURES)} (got {str(plot)!r})")
+    request = {
+        "model": model_reference(model),
+        "gpu": device_reference(gpu),
+        "memory_limit_bytes": None if memory_limit is None else parse_bytes("memory_limit_bytes", memory_limit),
+        "training": _given(training),
+    }
+    show(parse(PlanRequest, request), plot, as_json=as_json)
+
+
+def show(request: PlanRequest, plot: Path | None, *, as_json: bool) -> None:
+    """Plan, print, draw.
+
+    Raises:
+        CommandError: it does not fit; names what does.
+    """
+    import planner
+
+    planned = planner.plan(request)
+    if as_json:
+        print_json(planned.model_dump(mode="json"))
+    else:
+        from service.cli.plan_view import print_plan
+
+        print_plan(planned)
+    if plot is not None:
+        _draw(planned, plot, quiet=as_json)
+    require_fit(planned)
+
+
+def require_fit(planned: Plan) -> None:
+    """Pass a plan that fits.
+
+    Raises:
+        CommandError: names the nearest schedule that fits, or says that none does and by how many bytes.
+    """
+    if planned.fits:
+        return
+    from service.cli.plan_view import refusal
+
+    raise CommandError(refusal(planned), DOES_NOT_FIT)
+
+
+def _draw(planned: Plan, path: Path, *, quiet: bool) -> None:
+    import planner
+    from planner.plot import plot_footprint
+
+    try:
+        plot_footprint(planned, planner.timeline(planned.request), path)
+    except OSError as error:
+        raise InputError("plot", f"cannot write {path}: {error.strerror}") from error
+    if not quiet:
+        console().print(f"footprint drawn in {path}", soft_wrap=True)
+
+
+def _schedule(values: dict[str, Any], *, auto: bool) -> dict[str, Any] | str | None:
+    given = _given(values)
+    if auto and given:
+        raise InputError("training.schedule", f"--auto chooses the schedule; leave out {', '.join(given)}")
+    return "auto" if auto else given or None
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,86 @@
+"""``chunkplan profiles``: what was measured, and how far it was from the plans."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.client import DEFAULT_URL, Client, UrlOption
+from service.cli.output import JsonOption, console, duration, gibibytes, percent, print_json, print_table
+from service.cli.residual_view import print_residuals
+
+app = typer.Typer(help="What finished jobs measured, against their plans.", no_args_is_help=True)
+
+ProfileArgument = Annotated[str, typer.Argument(metavar="PROFILE", help="Its id: prof_….")]
+
+
+@app.command("list")
+def list_profiles(
+    model: Annotated[str | None, typer.Option(help="Only profiles of this model.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Only profiles on this device.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
+    url: UrlOption = DEFAULT_URL,
+    as_json: JsonOption = False,
+) -> None:
+    """List profiles, newest first."""
+    profiles = list(Client(url).pages("/v1/profiles", limit, model=model, gpu=gpu))
+    if as_json:
+        print_json(profiles)
+        return
+    rows = [
+        (
+            item["id"],
+            item["model"],
+            item["gpu"],
+            gibibytes(item["predicted_peak_bytes"]),
+            gibibytes(item["measured_peak_bytes"]),
+            percent(item["mean_error"]),
+            item["created_at"],
+        )
+        for item in profiles
+    ]
+    print_table("", ["id", "model", "device", ">predicted", ">measured", ">mean error", "created"], rows)
+
+
+@app.command()
+def show(profile: ProfileArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
+    """Show one profile: predicted against measured, chunk by chunk."""
+    client = Client(url)
+    found = client.get(f"/v1/profiles/{profile}")
+    residuals = list(client.pages(f"/v1/profiles/{profile}/residuals"))
+    if as_json:
+        print_json({**found, "residuals": residuals})
+        return
+    console().print(f"[bold]{found['model']}[/] on [bold]{found['gpu']}[/] ({found['job_id']}, {found['plan_id']})\n")
+    print_residuals(residuals)
+    predicted, measured = duration(found["predicted_step_seconds"]), duration(found["measured_step_seconds"])
+    console().print(f"time per update: predicted {predicted}, measured {measured}")
+
+
+@app.command()
+def compare(
+    first: ProfileArgument, second: ProfileArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False
+) -> None:
+    """Put two profiles side by side."""
+    client = Client(url)
+    found = [client.get(f"/v1/profiles/{identity}") for identity in (first, second)]
+    if as_json:
+        print_json(found)
+        return
+    print_table("", ["", found[0]["id"], found[1]["id"]], _facts(*found))
+
+
+def _facts(*profiles: dict[str, Any]) -> list[list[str]]:
+    lines = {
+        "model": lambda item: item["model"],
+        "device": lambda item: item["gpu"],
+        "predicted peak": lambda item: gibibytes(item["predicted_peak_bytes"]),
+        "measured peak": lambda item: gibibytes(item["measured_peak_bytes"]),
+        "mean error": lambda item: percent(item["mean_error"]),
+        "largest error": lambda item: percent(item["max_absolute_error"]).lstrip("+"),
+        "lowest error": lambda item: percent(item["min_error"]),
+        "predicted time per update": lambda item: duration(item["predicted_step_seconds"]),
+        "measured time per update": lambda item: duration(item["measured_step_seconds"]),
+    }
+    return [[name, *(line(profile) for profile in profiles)] for name, line in lines.items()]

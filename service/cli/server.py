@@ -1,0 +1,73 @@
+"""``chunkplan serve`` and ``chunkplan db``: the service itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.exits import USAGE, CommandError
+from service.cli.output import JsonOption, console, print_json
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+db = typer.Typer(help="The service's database.", no_args_is_help=True)
+
+DatabaseOption = Annotated[
+    str | None, typer.Option(help="sqlite:///PATH or postgresql://…; by default in the data dir.")
+]
+DataDirOption = Annotated[Path | None, typer.Option(help="Database, uploads, runs and locks; by default ./var.")]
+
+
+def settings_with(**given: Any) -> Settings:
+    """The service's settings; what was typed wins over the environment.
+
+    Raises:
+        CommandError: a setting cannot be used; names it.
+    """
+    from pydantic import ValidationError
+
+    from service.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise CommandError(f"{name}: {first['msg'].removeprefix('Value error, ')}", USAGE) from error
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; by default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; by default 8321.")] = None,
+    database_url: DatabaseOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Run the service until Ctrl-C. Every setting can also come from CHUNKPLAN_* variables."""
+    settings = settings_with(host=host, port=port, database_url=database_url, data_dir=data_dir)
+    from service.serve import serve as run
+
+    run(settings)
+
+
+@db.command()
+def upgrade(database_url: DatabaseOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """Bring the database to the newest revision; the service does this at its start, too."""
+    settings = settings_with(database_url=database_url, data_dir=data_dir)
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    from service.db import head_revision
+    from service.db import upgrade as run
+
+    try:
+        run(settings.database_url)
+    except ArgumentError as error:
+        raise CommandError(f"database_url: {error}", USAGE) from error
+    except SQLAlchemyError as error:
+        raise CommandError(f"cannot upgrade the database: {str(error).splitlines()[0]}") from error
+    if as_json:
+        print_json({"revision": head_revision()})
+    else:
+        console().print(f"the database is at revision {head_revision()}")
