@@ -7,6 +7,7 @@ statistics. Nothing here looks at the planner: measured and predicted come from 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,8 @@ from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, 
 from torch.profiler import record_function
 
 _PHASE_PREFIX = "chunkplan."
+# The profiler's library otherwise prints two lines to stderr for every window.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 @dataclass(frozen=True, slots=True)

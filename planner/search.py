@@ -10,26 +10,38 @@ from planner.spec import Alternative
 
 MAX_CHUNKS = 512
 """Finer schedules are not proposed: past this the chunk's own memory is small against everything else."""
+AUTO_CHUNKS = 64
+"""``auto`` stays at or below this while anything fits: a cycle of more updates reaches each parameter too rarely to learn well."""
+
+_WORTHWHILE = 0.95
+"""Twice as many chunks must bring the step below this share of its time."""
 
 
 def choose(planner: Planner) -> Evaluation:
-    """The requested schedule, evaluated; for ``auto`` the fewest chunks that fit, or the smallest peak when none does."""
+    """The requested schedule, evaluated; for ``auto`` the fastest that fits, or the smallest peak when none does.
+
+    More chunks make an update cheaper, but with every doubling by less: the search ends where it gains under 5 %.
+    """
     training = planner.request.training
     if training.schedule != "auto":
         return planner.evaluate(training, training.schedule)
     if training.method == "full":
         return planner.evaluate(training, ScheduleSpec(num_chunks=1))
     if planner.floor_bytes(training) > planner.capacity_bytes:
-        return planner.evaluate(training, _with_chunks(planner, ScheduleSpec(), MAX_CHUNKS))
+        return planner.evaluate(training, _with_chunks(planner, ScheduleSpec(), 64))
     best: Evaluation | None = None
     for schedule in _schedules(planner, ScheduleSpec(num_chunks=1)):
         candidate = planner.evaluate(training, schedule)
-        if candidate.fits:
-            return candidate
-        if best is None or candidate.peak.upper_bytes < best.peak.upper_bytes:
+        if best is not None and best.fits and not _is_worthwhile(candidate, best):
+            return best
+        if best is None or candidate.fits or candidate.peak.upper_bytes < best.peak.upper_bytes:
             best = candidate
     assert best is not None
     return best
+
+
+def _is_worthwhile(finer: Evaluation, best: Evaluation) -> bool:
+    return finer.schedule.num_chunks <= AUTO_CHUNKS and finer.step_seconds <= _WORTHWHILE * best.step_seconds
 
 
 def alternatives(planner: Planner, chosen: Evaluation) -> list[Alternative]:
