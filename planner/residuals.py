@@ -15,13 +15,19 @@ class MeasuredSample(Protocol):
     """What the allocator recorded in one phase of one step of one chunk."""
 
     @property
-    def chunk_index(self) -> int: ...
+    def chunk_index(self) -> int:
+        """The chunk that was active."""
+        ...
 
     @property
-    def phase(self) -> str: ...
+    def phase(self) -> str:
+        """The phase of the step."""
+        ...
 
     @property
-    def allocated_bytes(self) -> int: ...
+    def allocated_bytes(self) -> int:
+        """The highest allocation within the phase."""
+        ...
 
 
 class Residual(Result):

@@ -42,9 +42,9 @@ class Settings(BaseSettings):
     """``sqlite:///PATH`` or ``postgresql://…``."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["data_dir"] / "models")
     """A catalog id resolves to the folder of that name in here when a job trains it."""
-    model_roots: list[AbsolutePath] = [Path(".")]
+    model_roots: list[AbsolutePath] = [Path()]
     """Model folders given by path must lie below one of these (``models_dir`` is always allowed)."""
-    dataset_roots: list[AbsolutePath] = [Path(".")]
+    dataset_roots: list[AbsolutePath] = [Path()]
     """Datasets given by path must lie below one of these (``data_dir`` is always allowed)."""
 
     host: str = "127.0.0.1"

@@ -1,0 +1,96 @@
+"""The application: ``create_app(Settings())``. See `service.serve` for the server around it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import structlog
+from anyio import to_thread
+from fastapi import FastAPI
+
+from service import errors
+from service.catalog import endpoints as catalog
+from service.clock import Clock
+from service.dashboard import endpoints as dashboard
+from service.db import upgrade
+from service.errors import MEDIA_TYPE, ProblemView
+from service.files import endpoints as files
+from service.jobs import endpoints as jobs
+from service.jobs import stream
+from service.middleware import BodyLimit, RequestContext
+from service.operation import endpoints as operation
+from service.plans import endpoints as plans
+from service.plans.worker import Planner
+from service.profiles import endpoints as profiles
+from service.services import Services, build_services
+from service.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_MULTIPART_OVERHEAD_BYTES = 1 << 16
+
+
+def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clock | None = None) -> FastAPI:
+    """The application of one server.
+
+    Args:
+        settings: where and how.
+        planner: one to share between applications; by default each has a process of its own.
+        clock: by default the machine's.
+    """
+    services = build_services(settings, planner, clock)
+    app = FastAPI(
+        title="chunkplan",
+        version=version("chunkplan"),
+        summary="Which full-parameter fine-tuning run fits this model on this GPU, how fast, and with what memory.",
+        lifespan=_lifespan,
+        responses={"default": {"model": ProblemView, "content": {MEDIA_TYPE: {}}}},
+    )
+    app.state.services = services
+    errors.install(app)
+    for router in (
+        catalog.router,
+        plans.router,
+        stream.router,
+        jobs.router,
+        files.router,
+        profiles.router,
+        dashboard.router,
+        operation.router,
+    ):
+        app.include_router(router)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes + _MULTIPART_OVERHEAD_BYTES,
+        upload_path="/v1/files",
+    )
+    app.add_middleware(RequestContext, metrics=services.metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services = app.state.services
+    assert isinstance(services, Services)
+    await to_thread.run_sync(_start, services)
+    try:
+        yield
+    finally:
+        services.closing.set()
+        await to_thread.run_sync(_stop, services)
+
+
+def _start(services: Services) -> None:
+    upgrade(services.settings.database_url)
+    services.supervisor.start()
+    log.info("ready", devices=[device.gpu.name for device in services.supervisor.devices])
+
+
+def _stop(services: Services) -> None:
+    services.supervisor.stop()
+    if services.owns_planner:
+        services.planner.close()
+    services.database.dispose()

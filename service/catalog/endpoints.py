@@ -1,0 +1,25 @@
+"""Routes of the catalogs."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from planner.catalog import gpus, models
+from service.catalog.schemas import GpuView, ModelView
+from service.dependencies import ServicesDep
+from service.paging import Page
+
+router = APIRouter(prefix="/v1", tags=["catalogs"])
+
+
+@router.get("/models")
+def list_models(services: ServicesDep) -> Page[ModelView]:
+    """Every model that can be named; any other is given by path or by its config."""
+    folder = services.settings.models_dir
+    return Page.of([ModelView.of(entry, trainable=(folder / entry.id / "config.json").is_file()) for entry in models()])
+
+
+@router.get("/gpus")
+def list_gpus() -> Page[GpuView]:
+    """Every device that can be named; any other is given inline."""
+    return Page.of([GpuView.of(gpu) for gpu in gpus()])

@@ -1,0 +1,50 @@
+"""What the catalogs look like over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from planner.catalog import ModelEntry
+from planner.spec import GpuSpec
+from service.paging import Listed
+
+
+class ModelView(Listed):
+    """A model of the catalog."""
+
+    id: str
+    object: Literal["model"] = "model"
+    hf_name: str | None
+    architecture: str
+    num_parameters: int | None
+    licence: str | None
+    source: str
+    trainable: bool
+    """Whether its weights lie in the models folder, so that a job can train it."""
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, entry: ModelEntry, *, trainable: bool) -> ModelView:
+        """The view of a catalog row."""
+        return cls(
+            id=entry.id,
+            hf_name=entry.hf_name,
+            architecture=entry.architecture,
+            num_parameters=entry.num_parameters,
+            licence=entry.licence,
+            source=entry.source,
+            trainable=trainable,
+            config=entry.config,
+        )
+
+
+class GpuView(Listed, GpuSpec):
+    """A device of the catalog."""
+
+    id: str
+    object: Literal["gpu"] = "gpu"
+
+    @classmethod
+    def of(cls, gpu: GpuSpec) -> GpuView:
+        """The view of a catalog row."""
+        return cls(id=gpu.name, **gpu.model_dump())

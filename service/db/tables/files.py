@@ -1,0 +1,33 @@
+"""Uploads."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import PurePath
+
+from sqlalchemy import Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from service.db.base import DEFAULT_PROJECT, Base, Digest, Identifier, Name
+
+
+class FileRow(Base):
+    """An uploaded file; its content lies in the data folder under its id."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index(None, "created_at", "id"),)
+
+    id: Mapped[Identifier] = mapped_column(primary_key=True)
+    project: Mapped[Name] = mapped_column(default=DEFAULT_PROJECT)
+    filename: Mapped[Name]
+    purpose: Mapped[Name]
+    size_bytes: Mapped[int]
+    sha256: Mapped[Digest]
+    created_at: Mapped[datetime]
+
+    @property
+    def stored_name(self) -> str:
+        """Name of its content in the uploads folder: the id, with the suffix that tells the format."""
+        suffix = PurePath(self.filename).suffix.lower()
+        return self.id + (suffix if re.fullmatch(r"\.[a-z0-9]{1,10}", suffix) else "")

@@ -1,0 +1,105 @@
+"""Jobs, their attempts and their events."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
+
+from service.db.base import DEFAULT_PROJECT, Base, BigKey, Identifier, Name, Reference, choice
+from service.jobs.states import JobState, Reason
+
+
+class JobRow(Base):
+    """One fine-tuning job."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index(None, "created_at", "id"),
+        Index(None, "state", "priority", "created_at"),
+        Index(None, "model", "created_at"),
+    )
+
+    id: Mapped[Identifier] = mapped_column(primary_key=True)
+    project: Mapped[Name] = mapped_column(default=DEFAULT_PROJECT)
+    name: Mapped[Name]
+    state: Mapped[JobState] = mapped_column(choice(JobState))
+    reason: Mapped[Reason] = mapped_column(choice(Reason))
+    detail: Mapped[str | None] = mapped_column(Text)
+    field: Mapped[str | None] = mapped_column(Text)
+    """The offending field of the request, where the trainer refused its input."""
+    model: Mapped[Reference]
+    gpu: Mapped[Name]
+    device_kind: Mapped[Name]
+    priority: Mapped[int]
+    plan_id: Mapped[Identifier] = mapped_column(ForeignKey("plans.id"), index=True)
+    file_id: Mapped[Identifier | None] = mapped_column(index=True)
+    request: Mapped[dict[str, Any]]
+    run_spec: Mapped[dict[str, Any]]
+    coverage: Mapped[dict[str, Any] | None]
+
+    step: Mapped[int] = mapped_column(default=0)
+    total_steps: Mapped[int | None]
+    loss: Mapped[float | None]
+    eta_seconds: Mapped[float | None]
+
+    num_attempts: Mapped[int] = mapped_column(default=0)
+    num_failures: Mapped[int] = mapped_column(default=0)
+    """Failed attempts in a row, none of which got past the checkpoint it started from."""
+    last_event: Mapped[int] = mapped_column(default=0)
+    """Number of the newest event; taken under the row's lock, so a reader never sees a gap that fills later."""
+    created_at: Mapped[datetime]
+    not_before: Mapped[datetime]
+    """A queued job is not started earlier than this."""
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class AttemptRow(Base):
+    """One process that runs, or ran, a job. Its token fences its writes: see `service.execution.ingest`."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (UniqueConstraint("job_id", "number"), Index(None, "ended_at", "lease_expires_at"))
+
+    id: Mapped[Identifier] = mapped_column(primary_key=True)
+    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
+    number: Mapped[int]
+    token: Mapped[Identifier]
+    owner: Mapped[Name]
+    """The server process that looks after it."""
+    process: Mapped[Name | None]
+    device: Mapped[Name]
+    lease_expires_at: Mapped[datetime]
+    events_offset: Mapped[int] = mapped_column(default=0)
+    """Bytes of its event file that are in the database."""
+    resumed_step: Mapped[int | None]
+    last_step: Mapped[int | None]
+    checkpoint_step: Mapped[int | None]
+    finished_reason: Mapped[str | None] = mapped_column(Text)
+    """What the trainer said at its end: ``completed`` or ``stopped``."""
+    failed_reason: Mapped[str | None] = mapped_column(Text)
+    failed_detail: Mapped[str | None] = mapped_column(Text)
+    failed_field: Mapped[str | None] = mapped_column(Text)
+    exit_code: Mapped[int | None]
+    reason: Mapped[Reason | None] = mapped_column(choice(Reason))
+    """Why it ended."""
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+
+
+class EventRow(Base):
+    """Something that happened to a job; numbered from 1 within the job."""
+
+    __tablename__ = "events"
+    __table_args__ = (UniqueConstraint("job_id", "number"), Index(None, "type", "created_at"))
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
+    attempt_id: Mapped[Identifier | None] = mapped_column(ForeignKey("attempts.id"))
+    number: Mapped[int]
+    type: Mapped[Name]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]

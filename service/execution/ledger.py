@@ -1,0 +1,204 @@
+"""The supervisor's book-keeping: every method is one short unit of work, fenced by the attempt's token."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from service.clock import Clock
+from service.db import Database
+from service.db.tables import AttemptRow, JobRow, PlanRow, ProfileRow
+from service.execution.devices import Device
+from service.execution.ingest import Ingestion
+from service.execution.messages import Batch
+from service.execution.outcome import Ended, Outcome, decide
+from service.execution.repository import AttemptRepository
+from service.ids import new_id
+from service.jobs.admission import shortfall_bytes
+from service.jobs.repository import JobRepository
+from service.jobs.states import JobState, Reason
+from service.jobs.transitions import transition
+from service.profiles.service import add_profile
+from service.settings import Settings
+
+
+class StaleToken(Exception):
+    """The attempt has ended, or somebody else looks after it: nothing was written."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """An attempt as its supervisor holds it."""
+
+    attempt_id: str
+    job_id: str
+    number: int
+    token: str
+    device: str
+
+    @classmethod
+    def of(cls, row: AttemptRow) -> Handle:
+        """The handle of a stored attempt."""
+        return cls(row.id, row.job_id, row.number, row.token, row.device)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A job that has just been given to a device."""
+
+    handle: Handle
+    run_spec: dict[str, Any]
+    upper_bytes: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What became of a job, for whoever counts."""
+
+    outcome: Outcome
+    profile: ProfileRow | None
+
+
+class Ledger:
+    """Reads and writes what a supervisor knows."""
+
+    def __init__(self, database: Database, settings: Settings, clock: Clock, owner: str) -> None:
+        self._database = database
+        self._settings = settings
+        self._clock = clock
+        self._owner = owner
+
+    def claim(self, device: Device) -> Claimed | None:
+        """Gives the job whose turn it is to a free device; a job that can never fit there is rejected."""
+        now = self._clock.now()
+        with self._database.write() as session:
+            job = JobRepository(session).next_queued(device.kind, now)
+            if job is None:
+                return None
+            plan = session.get_one(PlanRow, job.plan_id)
+            missing = shortfall_bytes(plan.upper_bytes, device.memory_bytes)
+            if missing > 0:
+                detail = f"the plan needs up to {plan.upper_bytes} bytes, {missing} more than {device.name} has"
+                transition(session, job, JobState.REJECTED, Reason.DOES_NOT_FIT, now=now, detail=detail)
+                return None
+            job.num_attempts += 1
+            attempt = self._attempt(job, device, now)
+            AttemptRepository(session).add(attempt)
+            transition(session, job, JobState.STARTING, Reason.ADMITTED, now=now, attempt_id=attempt.id)
+            return Claimed(Handle.of(attempt), job.run_spec | {"device": device.name}, plan.upper_bytes)
+
+    def record_process(self, handle: Handle, process: str) -> None:
+        """Remembers which process runs an attempt.
+
+        Raises:
+            StaleToken: see there.
+        """
+        with self._database.write() as session:
+            self._fenced(AttemptRepository(session), handle, {"process": process})
+
+    def ingest(self, handle: Handle, batch: Batch, offset: int) -> None:
+        """Writes messages and the new offset together: each message is written exactly once.
+
+        Raises:
+            StaleToken: see there; also when the batch was read from another offset than the stored one.
+        """
+        with self._database.write() as session:
+            job = JobRepository(session).lock(handle.job_id)
+            attempts = AttemptRepository(session)
+            self._fenced(attempts, handle, {"events_offset": batch.next_offset}, at_offset=offset)
+            ingestion = Ingestion(session, job, handle.attempt_id)
+            for message in batch.messages:
+                ingestion.add(message)
+            if ingestion.attempt_values:
+                self._fenced(attempts, handle, ingestion.attempt_values)
+
+    def finish(
+        self, handle: Handle, exit_code: int | None, *, last_words: str | None = None, server_stopping: bool = False
+    ) -> Finish:
+        """Ends an attempt, decides what becomes of its job, and profiles a job that has succeeded.
+
+        Raises:
+            StaleToken: see there.
+        """
+        now = self._clock.now()
+        with self._database.write() as session:
+            job = JobRepository(session).lock(handle.job_id)
+            attempts = AttemptRepository(session)
+            attempt = attempts.get(handle.attempt_id)
+            ended = Ended(
+                exit_code=exit_code,
+                finished_reason=attempt.finished_reason,
+                failed_reason=attempt.failed_reason,
+                failed_detail=attempt.failed_detail,
+                made_progress=(attempt.checkpoint_step or 0) > (attempt.resumed_step or 0),
+                last_words=last_words,
+                server_stopping=server_stopping,
+            )
+            outcome = decide(job.state, ended, job.num_failures, self._settings.max_attempts)
+            self._fenced(attempts, handle, {"ended_at": now, "exit_code": exit_code, "reason": outcome.reason})
+            job.num_failures = outcome.num_failures
+            job.not_before = now + timedelta(seconds=self._settings.retry_delay_seconds if outcome.delayed else 0)
+            profile = None
+            if outcome.state is JobState.SUCCEEDED:
+                profile = add_profile(session, job, handle.device, now)
+            transition(
+                session, job, outcome.state, outcome.reason, now=now, detail=outcome.detail, attempt_id=attempt.id
+            )
+            return Finish(outcome, profile)
+
+    def renew(self, attempt_ids: Collection[str]) -> datetime:
+        """Extends leases; returns until when."""
+        expires_at = self._lease()
+        with self._database.write() as session:
+            AttemptRepository(session).renew(self._owner, attempt_ids, expires_at)
+        return expires_at
+
+    def offset(self, handle: Handle) -> int:
+        """Up to where an attempt's event file is in the database."""
+        with self._database.read() as session:
+            return AttemptRepository(session).get(handle.attempt_id).events_offset
+
+    def open_attempts(self) -> list[AttemptRow]:
+        """Attempts that have not ended, anybody's."""
+        with self._database.read() as session:
+            return AttemptRepository(session).open()
+
+    def states(self, handles: Collection[Handle]) -> dict[str, JobState]:
+        """The states of the handles' jobs."""
+        with self._database.read() as session:
+            return JobRepository(session).states([handle.job_id for handle in handles])
+
+    def prune(self) -> int:
+        """Deletes what is past its retention; returns how many rows."""
+        now = self._clock.now()
+        with self._database.write() as session:
+            return AttemptRepository(session).prune(
+                now - timedelta(days=self._settings.samples_retention_days),
+                now - timedelta(hours=self._settings.idempotency_retention_hours),
+            )
+
+    def _attempt(self, job: JobRow, device: Device, now: datetime) -> AttemptRow:
+        return AttemptRow(
+            id=new_id("att", now),
+            job_id=job.id,
+            number=job.num_attempts,
+            token=secrets.token_hex(16),
+            owner=self._owner,
+            device=device.name,
+            lease_expires_at=self._lease(),
+            events_offset=0,
+            created_at=now,
+        )
+
+    def _lease(self) -> datetime:
+        return self._clock.now() + timedelta(seconds=self._settings.lease_seconds)
+
+    @staticmethod
+    def _fenced(
+        attempts: AttemptRepository, handle: Handle, values: dict[str, Any], *, at_offset: int | None = None
+    ) -> None:
+        if not attempts.fenced_update(handle.attempt_id, handle.token, values, at_offset=at_offset):
+            raise StaleToken(handle.attempt_id)

@@ -1,0 +1,84 @@
+"""Attempts whose server is gone: waited for, killed when they do not go, their last words read, their jobs queued."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Collection
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+import structlog
+
+from service.clock import Clock
+from service.db.tables import AttemptRow
+from service.execution.identity import ProcessIdentity
+from service.execution.ledger import Handle, Ledger, StaleToken
+from service.execution.messages import read_messages
+from service.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+class Recovery:
+    """Finds abandoned attempts and ends them, so that their jobs resume from their last checkpoint.
+
+    An attempt is abandoned when its lease has run out, or, sooner, when its server was on this host and is gone.
+    """
+
+    def __init__(self, ledger: Ledger, settings: Settings, clock: Clock, owner: str) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._clock = clock
+        self._owner = owner
+        self._kill_at: dict[str, datetime] = {}
+
+    def round(self, followed: Collection[str]) -> None:
+        """Looks at every open attempt that this server does not follow."""
+        for attempt in self._ledger.open_attempts():
+            if attempt.id not in followed and self._is_abandoned(attempt):
+                with structlog.contextvars.bound_contextvars(job_id=attempt.job_id, attempt_id=attempt.id):
+                    self._recover(attempt)
+
+    def _is_abandoned(self, attempt: AttemptRow) -> bool:
+        owner = ProcessIdentity.parse(attempt.owner)
+        if attempt.owner == self._owner or attempt.lease_expires_at <= self._clock.now():
+            return True
+        return owner.is_local and not owner.is_running()
+
+    def _recover(self, attempt: AttemptRow) -> None:
+        if self._is_trainer_running(attempt):
+            return
+        handle = Handle.of(attempt)
+        try:
+            self._drain(handle, attempt.events_offset)
+            finish = self._ledger.finish(handle, None)
+        except StaleToken:
+            log.info("another server was faster")
+            return
+        log.warning("abandoned attempt ended", state=finish.outcome.state, detail=finish.outcome.detail)
+
+    def _is_trainer_running(self, attempt: AttemptRow) -> bool:
+        """Whether the trainer is still there: the kernel has told it to checkpoint and stop, and it gets the time."""
+        process = ProcessIdentity.parse(attempt.process) if attempt.process else None
+        if process is None or not process.is_local or not process.is_running():
+            self._kill_at.pop(attempt.id, None)
+            return False
+        now = self._clock.now()
+        if attempt.id not in self._kill_at:
+            self._kill_at[attempt.id] = now + timedelta(seconds=self._settings.stop_grace_seconds)
+            if ProcessIdentity.parse(attempt.owner).is_running():
+                # Its server hangs but lives, so the kernel has said nothing to the trainer.
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGTERM)
+        elif now >= self._kill_at[attempt.id]:
+            log.warning("an abandoned trainer did not stop in time; it is killed")
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return True
+
+    def _drain(self, handle: Handle, offset: int) -> None:
+        path = self._settings.runs_dir / handle.job_id / "attempts" / str(handle.number) / "events.jsonl"
+        while (batch := read_messages(path, offset)).next_offset > offset:
+            self._ledger.ingest(handle, batch, offset)
+            offset = batch.next_offset

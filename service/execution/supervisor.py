@@ -1,0 +1,239 @@
+"""The loop that starts, follows, stops and buries attempts.
+
+One thread per server. It holds no transaction while it waits, and its memory is only a cache: after a crash everything
+is found again in the database and in the attempts' event files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import structlog
+
+from planner.residuals import STEP
+from service.clock import Clock
+from service.db import Database
+from service.execution.devices import Device
+from service.execution.identity import ProcessIdentity
+from service.execution.ledger import Claimed, Handle, Ledger, StaleToken
+from service.execution.messages import Step, read_messages
+from service.execution.protocol import Execution, Launch
+from service.execution.recovery import Recovery
+from service.jobs.states import JobState, Reason
+from service.operation.metrics import Metrics
+from service.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_PRUNE_EVERY = timedelta(hours=1)
+
+
+@dataclass
+class Following:
+    """An attempt of this server."""
+
+    handle: Handle
+    lease_expires_at: datetime
+    offset: int = 0
+    kill_at: datetime | None = None
+    """Set when it was asked to stop."""
+
+
+class Supervisor:
+    """Looks after the attempts on this host's devices."""
+
+    def __init__(
+        self,
+        database: Database,
+        execution: Execution,
+        devices: Sequence[Device],
+        settings: Settings,
+        clock: Clock,
+        identity: ProcessIdentity,
+        metrics: Metrics,
+    ) -> None:
+        self.devices = devices
+        self.owner = str(identity)
+        self._ledger = Ledger(database, settings, clock, self.owner)
+        self._execution = execution
+        self._recovery = Recovery(self._ledger, settings, clock, self.owner)
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._following: dict[str, Following] = {}
+        self._recover_at = self._prune_at = clock.now()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread. Attempts are started from it and nowhere else: they die with it."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops running attempts at a checkpoint, queues their jobs again, and ends the thread."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._guarded_tick()
+            self._stopping.wait(self._settings.poll_seconds)
+        while self._following:
+            self._guarded_tick()
+            threading.Event().wait(self._settings.poll_seconds)
+
+    def _guarded_tick(self) -> None:
+        try:
+            self.tick()
+        except Exception:
+            # The database may be away for a while: what was not written is written at the next tick.
+            log.exception("the supervisor's round failed")
+            self._stop_without_lease()
+
+    def tick(self) -> None:
+        """One round: follow, renew, recover, start."""
+        states = self._ledger.states([following.handle for following in self._following.values()])
+        for following in list(self._following.values()):
+            with structlog.contextvars.bound_contextvars(
+                job_id=following.handle.job_id, attempt_id=following.handle.attempt_id
+            ):
+                self._follow(following, states[following.handle.job_id])
+        self._renew()
+        if self._stopping.is_set():
+            return
+        now = self._clock.now()
+        if now >= self._recover_at:
+            self._recover_at = now + timedelta(seconds=self._settings.poll_seconds * 4)
+            self._recovery.round(set(self._following))
+        if now >= self._prune_at:
+            self._prune_at = now + _PRUNE_EVERY
+            self._ledger.prune()
+        self._dispatch()
+
+    def _follow(self, following: Following, state: JobState) -> None:
+        """Writes what an attempt has reported, ends it when it has ended, stops it when it should."""
+        attempt_id = following.handle.attempt_id
+        exit_code = self._execution.status(attempt_id).exit_code  # asked first: nothing is reported after the end
+        try:
+            self._drain(following)
+            if exit_code is not None:
+                self._bury(following, exit_code)
+                return
+        except StaleToken:
+            log.warning("the attempt is not ours any more; it is killed")
+            self._execution.kill(attempt_id)
+            if exit_code is not None:
+                self._forget(following)
+            return
+        if self._stopping.is_set() or state in {JobState.CANCELLING, JobState.PAUSING}:
+            self._stop(following)
+
+    def _drain(self, following: Following) -> None:
+        path = self._attempt_dir(following.handle) / "events.jsonl"
+        while (batch := read_messages(path, following.offset)).next_offset > following.offset:
+            self._ledger.ingest(following.handle, batch, following.offset)
+            following.offset = batch.next_offset
+            steps = [message for message in batch.messages if isinstance(message, Step)]
+            if steps and steps[-1].samples:
+                measured = max(sample.allocated_bytes for sample in steps[-1].samples)
+                self._metrics.measured_bytes.labels(following.handle.device).set(measured)
+
+    def _bury(self, following: Following, exit_code: int) -> None:
+        handle = following.handle
+        last_words = _last_line(self._attempt_dir(handle) / "log.txt")
+        finish = self._ledger.finish(handle, exit_code, last_words=last_words, server_stopping=self._stopping.is_set())
+        self._forget(following)
+        log.info("attempt ended", exit_code=exit_code, state=finish.outcome.state, reason=finish.outcome.reason)
+        if finish.outcome.reason is Reason.OUT_OF_MEMORY:
+            self._metrics.out_of_memory.labels(handle.device).inc()
+        for residual in finish.profile.residuals if finish.profile else []:
+            if residual["phase"] == STEP:
+                self._metrics.residual.observe(residual["relative_error"])
+
+    def _forget(self, following: Following) -> None:
+        self._execution.forget(following.handle.attempt_id)
+        del self._following[following.handle.attempt_id]
+        self._metrics.planned_bytes.labels(following.handle.device).set(0)
+        self._metrics.measured_bytes.labels(following.handle.device).set(0)
+
+    def _stop(self, following: Following) -> None:
+        """Asks once; kills when the time of grace is over."""
+        now = self._clock.now()
+        if following.kill_at is None:
+            following.kill_at = now + timedelta(seconds=self._settings.stop_grace_seconds)
+            self._execution.stop(following.handle.attempt_id)
+        elif now >= following.kill_at:
+            log.warning("the attempt did not stop in time; it is killed")
+            self._execution.kill(following.handle.attempt_id)
+
+    def _renew(self) -> None:
+        now = self._clock.now()
+        due = timedelta(seconds=self._settings.lease_seconds * 2 / 3)
+        if any(following.lease_expires_at - now < due for following in self._following.values()):
+            expires_at = self._ledger.renew(list(self._following))
+            for following in self._following.values():
+                following.lease_expires_at = expires_at
+
+    def _stop_without_lease(self) -> None:
+        """An attempt whose lease could not be renewed may be started elsewhere: it must not go on here."""
+        now = self._clock.now()
+        for following in self._following.values():
+            if now >= following.lease_expires_at:
+                log.warning("lease lost", attempt_id=following.handle.attempt_id)
+                self._execution.kill(following.handle.attempt_id)
+
+    def _dispatch(self) -> None:
+        busy = {following.handle.device for following in self._following.values()}
+        for device in self.devices:
+            if device.name not in busy and (claimed := self._ledger.claim(device)) is not None:
+                self._launch(claimed)
+
+    def _launch(self, claimed: Claimed) -> None:
+        handle = claimed.handle
+        run_dir = self._settings.runs_dir / handle.job_id
+        with structlog.contextvars.bound_contextvars(job_id=handle.job_id, attempt_id=handle.attempt_id):
+            try:
+                _write_json(run_dir / "job.json", claimed.run_spec)
+                status = self._execution.start(Launch(handle.attempt_id, run_dir, handle.number, handle.device))
+            except OSError as error:
+                log.exception("the attempt could not be started")
+                self._ledger.finish(handle, 1, last_words=str(error))
+                return
+            lease = self._clock.now() + timedelta(seconds=self._settings.lease_seconds)
+            self._following[handle.attempt_id] = Following(handle, lease)
+            self._metrics.planned_bytes.labels(handle.device).set(claimed.upper_bytes)
+            self._ledger.record_process(handle, status.process)
+            log.info("attempt started", number=handle.number, device=handle.device, process=status.process)
+
+    def _attempt_dir(self, handle: Handle) -> Path:
+        return self._settings.runs_dir / handle.job_id / "attempts" / str(handle.number)
+
+
+def _last_line(path: Path, max_bytes: int = 4096) -> str | None:
+    """The last line of a log that says something."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return None
+    return next((line.replace("\x00", "")[:1000] for line in reversed(lines) if line), None)
+
+
+def _write_json(path: Path, value: object) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)

@@ -1,0 +1,55 @@
+"""Routes of files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, File, Form, UploadFile
+from starlette.responses import FileResponse
+
+from service.dependencies import FilesDep, ReadSession
+from service.errors import NotFound
+from service.files.repository import FileRepository
+from service.files.schemas import FileDeleted, FileView
+from service.paging import Page, WindowDep
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+@router.post("", status_code=201)
+def upload_file(
+    file: Annotated[UploadFile, File()], files: FilesDep, purpose: Annotated[Literal["fine-tune"], Form()] = "fine-tune"
+) -> FileView:
+    """Upload training data. It is checked row by row when a job is submitted on it."""
+    return FileView.of(files.upload(file.filename, file.file))
+
+
+@router.get("")
+def list_files(session: ReadSession, window: WindowDep) -> Page[FileView]:
+    """Uploaded files, newest first."""
+    rows, has_more = FileRepository(session).page(window)
+    return Page.of([FileView.of(row) for row in rows], has_more=has_more)
+
+
+@router.get("/{file_id}")
+def show_file(file_id: str, session: ReadSession) -> FileView:
+    """One file."""
+    return FileView.of(FileRepository(session).get(file_id))
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+def download_file(file_id: str, session: ReadSession, files: FilesDep) -> FileResponse:
+    """The content of a file."""
+    row = FileRepository(session).get(file_id)
+    path = files.path(row)
+    if not path.is_file():
+        raise NotFound("content of file", file_id)
+    headers = {"ETag": f'"{row.sha256}"'}
+    return FileResponse(path, filename=row.filename, media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, files: FilesDep) -> FileDeleted:
+    """Delete a file; refused while an unfinished job trains on it."""
+    files.delete(file_id)
+    return FileDeleted(id=file_id)

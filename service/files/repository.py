@@ -1,0 +1,45 @@
+"""SQL on uploaded files."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.db.tables import FileRow
+from service.errors import NotFound
+from service.ids import is_well_formed
+from service.paging import Window, newest_first
+
+
+class FileRepository:
+    """Uploaded files."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def find(self, file_id: str) -> FileRow | None:
+        """A file by its id."""
+        return self._session.get(FileRow, file_id) if is_well_formed(file_id) else None
+
+    def get(self, file_id: str) -> FileRow:
+        """A file by its id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        row = self.find(file_id)
+        if row is None:
+            raise NotFound("file", file_id)
+        return row
+
+    def page(self, window: Window) -> tuple[list[FileRow], bool]:
+        """Files, newest first."""
+        return newest_first(self._session, select(FileRow), FileRow.created_at, FileRow.id, window)
+
+    def add(self, row: FileRow) -> None:
+        """Stores a file's row."""
+        self._session.add(row)
+
+    def delete(self, row: FileRow) -> None:
+        """Removes a file's row."""
+        self._session.delete(row)

@@ -1,0 +1,102 @@
+"""Uploads: written beside their place, synced, renamed, then recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+from engine.errors import InputError
+from engine.files import sync_path
+from service.clock import Clock
+from service.db import Database
+from service.db.base import DEFAULT_PROJECT
+from service.db.tables import FileRow
+from service.errors import Conflict
+from service.files.repository import FileRepository
+from service.ids import new_id
+from service.jobs.repository import JobRepository
+from service.settings import Settings
+
+_BLOCK_BYTES = 1 << 20
+_MAX_NAME_LENGTH = 200
+
+
+class FileService:
+    """Stores and removes uploads."""
+
+    def __init__(self, database: Database, settings: Settings, clock: Clock) -> None:
+        self._database = database
+        self._folder = settings.files_dir
+        self._clock = clock
+
+    def upload(self, filename: str | None, content: BinaryIO) -> FileRow:
+        """Stores an upload.
+
+        Raises:
+            InputError: it has no usable name, or is empty.
+        """
+        now = self._clock.now()
+        row = FileRow(
+            id=new_id("file", now),
+            project=DEFAULT_PROJECT,
+            filename=_checked_name(filename),
+            purpose="fine-tune",
+            created_at=now,
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{row.id}.partial"
+        try:
+            row.size_bytes, row.sha256 = _write(content, partial)
+            partial.rename(self._folder / row.stored_name)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_path(self._folder)
+        with self._database.write() as session:
+            FileRepository(session).add(row)
+        return row
+
+    def delete(self, file_id: str) -> None:
+        """Removes an upload.
+
+        Raises:
+            NotFound: there is no such file.
+            Conflict: an unfinished job trains on it.
+        """
+        with self._database.write() as session:
+            files = FileRepository(session)
+            row = files.get(file_id)
+            job_id = JobRepository(session).uses_file(file_id)
+            if job_id is not None:
+                raise Conflict("file_in_use", f"job {job_id} trains on this file; cancel it first")
+            files.delete(row)
+        self.path(row).unlink(missing_ok=True)
+
+    def path(self, row: FileRow) -> Path:
+        """Where a file's content lies."""
+        return self._folder / row.stored_name
+
+
+def _checked_name(filename: str | None) -> str:
+    name = PurePath((filename or "").replace("\\", "/")).name
+    if not name or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+        raise InputError(
+            "file", f"should be an upload with a printable file name of at most {_MAX_NAME_LENGTH} characters"
+        )
+    return name
+
+
+def _write(content: BinaryIO, path: Path) -> tuple[int, str]:
+    """Writes and syncs; returns size and SHA-256."""
+    digest, size_bytes = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        while block := content.read(_BLOCK_BYTES):
+            file.write(block)
+            digest.update(block)
+            size_bytes += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if size_bytes == 0:
+        raise InputError("file", "is empty")
+    return size_bytes, digest.hexdigest()

@@ -1,0 +1,115 @@
+"""Idempotency-Key: the same body replays the first answer, another body is refused, one in flight is a conflict.
+
+The unique key does the work: whoever inserts the row holds the claim, everybody else reads what became of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from engine.errors import InputError
+from service.clock import Clock
+from service.db import Database
+from service.db.base import DEFAULT_PROJECT
+from service.db.tables import IdempotencyRow
+from service.errors import Conflict, Unprocessable
+from service.ids import new_id
+
+HEADER = "Idempotency-Key"
+MAX_KEY_LENGTH = 255
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to answer a request under its key."""
+
+    key: str
+    claim: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished request's response."""
+
+    status_code: int
+    location: str | None
+    body: dict[str, Any]
+    replayed: bool = False
+
+
+class IdempotencyKeys:
+    """Claims keys and remembers answers."""
+
+    def __init__(self, database: Database, clock: Clock, claim_seconds: float) -> None:
+        self._database = database
+        self._clock = clock
+        self._claim_duration = timedelta(seconds=claim_seconds)
+
+    def claim(self, key: str, body_sha256: str) -> Claim | Answer:
+        """Take a key for a request, or get the answer that was given under it.
+
+        Raises:
+            InputError: the key itself is malformed.
+            Conflict: the first request is still in flight.
+            Unprocessable: the key was used with another body.
+        """
+        if not key or len(key) > MAX_KEY_LENGTH or not key.isascii() or not key.isprintable():
+            raise InputError(HEADER, f"should be 1 to {MAX_KEY_LENGTH} printable ASCII characters")
+        now = self._clock.now()
+        claim = Claim(key, new_id("idem", now))
+        try:
+            with self._database.write() as session:
+                session.add(self._row(claim, body_sha256, now))
+        except IntegrityError:
+            return self._existing(claim, body_sha256, now)
+        return claim
+
+    def answer(self, session: Session, claim: Claim, answer: Answer) -> None:
+        """Remember the answer, in the unit of work that did what was asked.
+
+        Raises:
+            Conflict: the claim ran out and another request took the key.
+        """
+        statement = (
+            update(IdempotencyRow)
+            .where(IdempotencyRow.key == claim.key, IdempotencyRow.claim == claim.claim)
+            .values(status_code=answer.status_code, location=answer.location, response=answer.body)
+        )
+        if session.execute(statement).rowcount != 1:
+            raise Conflict("idempotency_claim_lost", "this request took too long and another one took its key")
+
+    def release(self, claim: Claim) -> None:
+        """Give the key back: the request failed and stored nothing."""
+        with self._database.write() as session:
+            session.execute(
+                delete(IdempotencyRow).where(IdempotencyRow.key == claim.key, IdempotencyRow.claim == claim.claim)
+            )
+
+    def _row(self, claim: Claim, body_sha256: str, now: datetime) -> IdempotencyRow:
+        return IdempotencyRow(
+            project=DEFAULT_PROJECT,
+            key=claim.key,
+            body_sha256=body_sha256,
+            claim=claim.claim,
+            created_at=now,
+            claim_expires_at=now + self._claim_duration,
+        )
+
+    def _existing(self, claim: Claim, body_sha256: str, now: datetime) -> Claim | Answer:
+        with self._database.write() as session:
+            row = session.get(IdempotencyRow, (DEFAULT_PROJECT, claim.key), with_for_update=True)
+            if row is None or (row.status_code is None and row.claim_expires_at <= now):
+                session.merge(self._row(claim, body_sha256, now))
+                return claim
+            if row.body_sha256 != body_sha256:
+                raise Unprocessable("idempotency_key_reused", f"{HEADER} was used before with another body")
+            if row.status_code is None:
+                raise Conflict("idempotency_in_flight", f"a request with this {HEADER} is still being worked on")
+            assert row.response is not None
+            return Answer(row.status_code, row.location, row.response, replayed=True)

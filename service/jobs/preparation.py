@@ -1,0 +1,146 @@
+"""Every check of a job request, in the order of their price; what comes out can run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data import check_dataset
+from engine.errors import InputError
+from engine.spec import JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
+from planner.catalog import find_gpu, find_model
+from planner.spec import GpuSpec, Plan, PlanRequest
+from service.db import Database
+from service.execution.devices import Device
+from service.files.repository import FileRepository
+from service.jobs.admission import admit, resolved_training
+from service.plans.repository import PlanRepository
+from service.plans.service import PlanService
+from service.roots import resolve_below, resolve_model_folder
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job that was checked, planned and admitted."""
+
+    request: JobRequest
+    model: str
+    """As it is listed: the catalog id, or the path."""
+    model_folder: Path
+    dataset_path: Path
+    num_rows: int
+    gpu: GpuSpec
+    device: Device
+    plan: Plan
+    training: JobTraining
+
+
+class JobPreparation:
+    """Checks, plans and admits job requests; stores nothing but the plan."""
+
+    def __init__(self, database: Database, plans: PlanService, devices: Sequence[Device], settings: Settings) -> None:
+        self._database = database
+        self._plans = plans
+        self._devices = devices
+        self._settings = settings
+
+    def prepare(self, request: JobRequest) -> PreparedJob:
+        """A request that can run.
+
+        Raises:
+            InputError: something in it is unknown, missing, malformed or outside the roots.
+            DoesNotFit: its plan exceeds the device.
+        """
+        name, folder = self._model(request)
+        gpu, device = self._device(request.gpu)
+        field, path = self._dataset(request)
+        try:
+            dataset = check_dataset(path, request.dataset.format)
+        except InputError as error:
+            raise InputError(field, error.message) from error
+        plan = self._plan(request, folder, gpu)
+        admit(plan, device.memory_bytes)
+        training = resolved_training(request.training, plan)
+        return PreparedJob(request, name, folder, path, dataset.num_rows, gpu, device, plan, training)
+
+    def _model(self, request: JobRequest) -> tuple[str, Path]:
+        settings = self._settings
+        if isinstance(request.model, ModelPath):
+            roots = [*settings.model_roots, settings.models_dir]
+            folder = resolve_model_folder("model.path", request.model.path, roots)
+            name, field = str(folder), "model.path"
+        elif isinstance(request.model, str):
+            name, field = find_model(request.model).id, "model"
+            folder = settings.models_dir / name
+            if not (folder / "config.json").is_file():
+                raise InputError(
+                    field, f"the weights of {name!r} are not in the models folder: put them at {name}/ there"
+                )
+        else:
+            raise InputError("model.config", "a job needs weights: give a catalog id or a path")
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(field, "the model folder holds no safetensors: other formats are not loaded")
+        return name, folder
+
+    def _device(self, given: str | dict[str, Any] | None) -> tuple[GpuSpec, Device]:
+        """What the plan is made for, and the device of this kind that the job will run on."""
+        if given is None:
+            return self._devices[0].gpu, self._devices[0]
+        gpu = find_gpu(given) if isinstance(given, str) else _inline_gpu(given)
+        device = next((device for device in self._devices if device.kind == gpu.kind), None)
+        if device is None:
+            offered = ", ".join(device.gpu.name for device in self._devices)
+            raise InputError("gpu", f"no device of kind {gpu.kind} here to run {gpu.name!r} on; there is: {offered}")
+        return gpu, device
+
+    def _dataset(self, request: JobRequest) -> tuple[str, Path]:
+        settings, dataset = self._settings, request.dataset
+        if dataset.path is not None:
+            roots = [*settings.dataset_roots, settings.data_dir]
+            return "dataset.path", resolve_below("dataset.path", dataset.path, roots)
+        assert dataset.file_id is not None
+        with self._database.read() as session:
+            row = FileRepository(session).find(dataset.file_id)
+        if row is None:
+            raise InputError("dataset.file_id", f"there is no file {dataset.file_id!r}")
+        return "dataset.file_id", settings.files_dir / row.stored_name
+
+    def _plan(self, request: JobRequest, folder: Path, gpu: GpuSpec) -> Plan:
+        fields = request.training.model_dump(include=set(TrainingSpec.model_fields))
+        training = parse(TrainingSpec, fields)
+        if request.plan_id is not None:
+            return self._given_plan(request.plan_id, folder, gpu, training)
+        row, _ = self._plans.plan(PlanRequest(model=ModelPath(path=str(folder)), gpu=gpu, training=training))
+        return Plan.model_validate(row.plan)
+
+    def _given_plan(self, given: str, folder: Path, gpu: GpuSpec, training: TrainingSpec) -> Plan:
+        """The plan that the job names; it is made again if the planner has changed since."""
+        with self._database.read() as session:
+            row = PlanRepository(session).find(given)
+        if row is None:
+            raise InputError("plan_id", f"there is no plan {given!r}")
+        planned = PlanRequest.model_validate(row.plan["request"])
+        same = {
+            "model": self._folder_of(planned.model) == folder,
+            "gpu": find_gpu(planned.gpu) == gpu,
+            "training": planned.training.model_dump() == training.model_dump(),
+        }
+        differing = [name for name, is_same in same.items() if not is_same]
+        if differing:
+            raise InputError("plan_id", f"{given} was made for another {' and '.join(differing)}")
+        return Plan.model_validate(self._plans.plan(planned)[0].plan)
+
+    def _folder_of(self, model: ModelRef) -> Path | None:
+        if isinstance(model, str):
+            return self._settings.models_dir / find_model(model).id
+        return Path(model.path) if isinstance(model, ModelPath) else None
+
+
+def _inline_gpu(given: dict[str, Any]) -> GpuSpec:
+    try:
+        return parse(GpuSpec, given)
+    except InputError as error:
+        raise InputError(f"gpu.{error.field}", error.message) from error

@@ -1,0 +1,138 @@
+"""SQL on jobs, attempts and events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
+from service.errors import NotFound
+from service.ids import is_well_formed
+from service.jobs.states import ACTIVE, JobState
+from service.paging import Window, by_number, newest_first
+
+
+class JobRepository:
+    """Jobs and what belongs to them."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def get(self, job_id: str) -> JobRow:
+        """A job by its id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return self._found(self._session.get(JobRow, job_id) if is_well_formed(job_id) else None, job_id)
+
+    def lock(self, job_id: str) -> JobRow:
+        """A job by its id, locked until the unit of work ends; every change of a job starts here.
+
+        Raises:
+            NotFound: there is none.
+        """
+        statement = select(JobRow).where(JobRow.id == job_id).with_for_update()
+        return self._found(self._session.scalar(statement) if is_well_formed(job_id) else None, job_id)
+
+    def page(self, window: Window, *, state: JobState | None, model: str | None) -> tuple[list[JobRow], bool]:
+        """Jobs, newest first."""
+        statement = select(JobRow)
+        if state is not None:
+            statement = statement.where(JobRow.state == state)
+        if model is not None:
+            statement = statement.where(JobRow.model == model)
+        return newest_first(self._session, statement, JobRow.created_at, JobRow.id, window)
+
+    def add(self, job: JobRow) -> None:
+        """Stores a new job."""
+        self._session.add(job)
+        self._session.flush()
+
+    def next_queued(self, device_kind: str, now: datetime) -> JobRow | None:
+        """The job whose turn it is on a device of this kind, locked: priority, then age. Others skip it."""
+        statement = (
+            select(JobRow)
+            .where(JobRow.state == JobState.QUEUED, JobRow.device_kind == device_kind, JobRow.not_before <= now)
+            .order_by(JobRow.priority.desc(), JobRow.created_at, JobRow.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        return self._session.scalar(statement)
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """The states of some jobs."""
+        statement = select(JobRow.id, JobRow.state).where(JobRow.id.in_(job_ids))
+        return dict(self._session.execute(statement).tuples().all())
+
+    def count_by_state(self) -> dict[JobState, int]:
+        """How many jobs are in each state; states without a job count 0."""
+        counted = dict(self._session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all())
+        return {state: counted.get(state, 0) for state in JobState}
+
+    def active(self) -> list[JobRow]:
+        """Jobs that may hold a device, oldest first."""
+        statement = select(JobRow).where(JobRow.state.in_(ACTIVE)).order_by(JobRow.created_at)
+        return list(self._session.scalars(statement))
+
+    def oldest_queued_at(self) -> datetime | None:
+        """When the job that has waited longest was created."""
+        return self._session.scalar(select(func.min(JobRow.created_at)).where(JobRow.state == JobState.QUEUED))
+
+    def uses_file(self, file_id: str) -> str | None:
+        """An unfinished job that trains on a file."""
+        unfinished = [state for state in JobState if not state.is_final]
+        statement = select(JobRow.id).where(JobRow.file_id == file_id, JobRow.state.in_(unfinished)).limit(1)
+        return self._session.scalar(statement)
+
+    def attempts(self, job_id: str, window: Window) -> tuple[list[AttemptRow], bool]:
+        """Attempts, newest first."""
+        statement = select(AttemptRow).where(AttemptRow.job_id == job_id)
+        return newest_first(self._session, statement, AttemptRow.created_at, AttemptRow.id, window)
+
+    def events(self, job_id: str, window: Window) -> tuple[list[EventRow], bool]:
+        """Events in their order."""
+        return by_number(self._session, select(EventRow).where(EventRow.job_id == job_id), EventRow.number, window)
+
+    def metrics(self, job_id: str, window: Window, kind: str | None) -> tuple[list[MetricRow], bool]:
+        """The loss curve: steps that a later attempt took again are left out."""
+        statement = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.superseded.is_(False))
+        if kind is not None:
+            statement = statement.where(MetricRow.kind == kind)
+        return by_number(self._session, statement, MetricRow.id, window)
+
+    def checkpoints(self, job_id: str, window: Window) -> tuple[list[CheckpointRow], bool]:
+        """Checkpoints, newest first."""
+        statement = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+        return newest_first(self._session, statement, CheckpointRow.created_at, CheckpointRow.id, window)
+
+    def artifacts(self, job_id: str) -> list[ArtifactRow]:
+        """Every artifact, by name."""
+        statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.name)
+        return list(self._session.scalars(statement))
+
+    def artifact(self, job_id: str, name: str) -> ArtifactRow:
+        """One artifact.
+
+        Raises:
+            NotFound: there is none.
+        """
+        statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id, ArtifactRow.name == name)
+        row = None if "\x00" in name else self._session.scalar(statement)
+        if row is None:
+            raise NotFound("artifact", name)
+        return row
+
+    def profile_ids(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Profile id by job id, of those that have one."""
+        statement = select(ProfileRow.job_id, ProfileRow.id).where(ProfileRow.job_id.in_(job_ids))
+        return dict(self._session.execute(statement).tuples().all())
+
+    @staticmethod
+    def _found(job: JobRow | None, job_id: str) -> JobRow:
+        if job is None:
+            raise NotFound("job", job_id)
+        return job

@@ -1,0 +1,185 @@
+"""Submitting, cancelling, pausing and resuming jobs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from engine.spec import JobRequest, RunSpec
+from service.clock import Clock
+from service.db import Database
+from service.db.base import DEFAULT_PROJECT
+from service.db.tables import JobRow
+from service.execution.devices import Device
+from service.ids import new_id
+from service.jobs.idempotency import Answer, IdempotencyKeys
+from service.jobs.preparation import JobPreparation, PreparedJob
+from service.jobs.repository import JobRepository
+from service.jobs.schemas import DryRun, JobView
+from service.jobs.states import JobState, Reason
+from service.jobs.transitions import add_event, transition
+from service.plans.service import PlanService
+from service.settings import Settings
+
+_CLAIM_MARGIN_SECONDS = 60.0
+"""On top of the longest plan: reading the dataset, storing the job."""
+
+_CANCEL = {
+    JobState.QUEUED: JobState.CANCELLED,
+    JobState.PAUSED: JobState.CANCELLED,
+    JobState.STARTING: JobState.CANCELLING,
+    JobState.RUNNING: JobState.CANCELLING,
+    JobState.PAUSING: JobState.CANCELLING,
+    JobState.CANCELLING: JobState.CANCELLING,
+    JobState.CANCELLED: JobState.CANCELLED,
+}
+_PAUSE = {
+    JobState.QUEUED: JobState.PAUSED,
+    JobState.STARTING: JobState.PAUSING,
+    JobState.RUNNING: JobState.PAUSING,
+    JobState.PAUSING: JobState.PAUSING,
+    JobState.PAUSED: JobState.PAUSED,
+}
+_RESUME = {
+    JobState.PAUSED: JobState.QUEUED,
+    JobState.QUEUED: JobState.QUEUED,
+    JobState.STARTING: JobState.STARTING,
+    JobState.RUNNING: JobState.RUNNING,
+}
+
+
+class JobService:
+    """What users do with jobs."""
+
+    def __init__(
+        self, database: Database, plans: PlanService, devices: Sequence[Device], settings: Settings, clock: Clock
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._preparation = JobPreparation(database, plans, devices, settings)
+        claim_seconds = settings.plan_timeout_seconds + settings.plan_queue_seconds + _CLAIM_MARGIN_SECONDS
+        self._keys = IdempotencyKeys(database, clock, claim_seconds)
+
+    def dry_run(self, request: JobRequest) -> DryRun:
+        """Every check and admission; no job is stored.
+
+        Raises:
+            InputError: see `JobPreparation.prepare`.
+            DoesNotFit: see `JobPreparation.prepare`.
+        """
+        prepared = self._preparation.prepare(request)
+        return DryRun(
+            plan_id=prepared.plan.id,
+            predicted_bytes=prepared.plan.peak.upper_bytes,
+            available_bytes=min(prepared.plan.capacity_bytes, prepared.device.memory_bytes),
+            device_kind=prepared.device.kind,
+            num_rows=prepared.num_rows,
+            training=prepared.training.model_dump(mode="json"),
+        )
+
+    def submit(self, request: JobRequest, idempotency_key: str | None) -> Answer:
+        """Checks, plans, admits and queues a job; at most once for an idempotency key.
+
+        Raises:
+            InputError: see `JobPreparation.prepare`.
+            DoesNotFit: see `JobPreparation.prepare`.
+            Conflict: the key's first request is still in flight.
+            Unprocessable: the key was used with another body.
+        """
+        if idempotency_key is None:
+            return self._store(self._preparation.prepare(request))
+        body_sha256 = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        claim = self._keys.claim(idempotency_key, body_sha256)
+        if isinstance(claim, Answer):
+            return claim
+        try:
+            prepared = self._preparation.prepare(request)
+            with self._database.write() as session:
+                answer = self._add(session, prepared)
+                self._keys.answer(session, claim, answer)
+        except BaseException:
+            self._keys.release(claim)
+            raise
+        return answer
+
+    def cancel(self, session: Session, job_id: str) -> JobRow:
+        """Ends a job: at once when it waits, through its trainer when it runs. What it made stays.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: it has ended otherwise.
+        """
+        return self._steer(session, job_id, _CANCEL, JobState.CANCELLED)
+
+    def pause(self, session: Session, job_id: str) -> JobRow:
+        """Stops a job at a checkpoint until it is resumed; raises as `cancel` does."""
+        return self._steer(session, job_id, _PAUSE, JobState.PAUSED)
+
+    def resume(self, session: Session, job_id: str) -> JobRow:
+        """Queues a paused job again; raises as `cancel` does."""
+        return self._steer(session, job_id, _RESUME, JobState.QUEUED)
+
+    def _steer(self, session: Session, job_id: str, moves: dict[JobState, JobState], goal: JobState) -> JobRow:
+        job, now = JobRepository(session).lock(job_id), self._clock.now()
+        to = moves.get(job.state, goal)
+        if to is not job.state:
+            transition(session, job, to, Reason.USER, now=now)
+            job.not_before = now
+        return job
+
+    def _store(self, prepared: PreparedJob) -> Answer:
+        with self._database.write() as session:
+            return self._add(session, prepared)
+
+    def _add(self, session: Session, prepared: PreparedJob) -> Answer:
+        job = self._job(prepared)
+        JobRepository(session).add(job)
+        data: dict[str, Any] = {
+            "from": None,
+            "state": job.state.value,
+            "reason": job.reason.value,
+            "detail": None,
+            "plan_id": job.plan_id,
+            "predicted_bytes": prepared.plan.peak.upper_bytes,
+        }
+        add_event(session, job, "state", data, now=job.created_at)
+        return Answer(201, f"/v1/jobs/{job.id}", JobView.of(job).model_dump(mode="json"))
+
+    def _job(self, prepared: PreparedJob) -> JobRow:
+        request, now = prepared.request, self._clock.now()
+        job_id = new_id("job", now)
+        run = RunSpec(
+            job_id=job_id,
+            name=request.name,
+            model_path=str(prepared.model_folder),
+            model_name=request.model if isinstance(request.model, str) else "",
+            dataset_path=str(prepared.dataset_path),
+            dataset_format=request.dataset.format,
+            eval_fraction=request.dataset.eval_fraction,
+            training=prepared.training,
+            output_name=request.output.name or request.name,
+        )
+        return JobRow(
+            id=job_id,
+            project=DEFAULT_PROJECT,
+            name=request.name,
+            state=JobState.QUEUED,
+            reason=Reason.SUBMITTED,
+            model=prepared.model,
+            gpu=prepared.gpu.name,
+            device_kind=prepared.device.kind,
+            priority=request.priority,
+            plan_id=prepared.plan.id,
+            file_id=request.dataset.file_id,
+            request=request.model_dump(mode="json"),
+            run_spec=run.model_dump(mode="json"),
+            step=0,
+            num_attempts=0,
+            num_failures=0,
+            last_event=0,
+            created_at=now,
+            not_before=now,
+        )

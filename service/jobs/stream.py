@@ -1,0 +1,60 @@
+"""Server-Sent Events: the rows of ``/events`` as they come, until the job has ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import anyio
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Header
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from engine.errors import InputError
+from service.dependencies import ReadSession, ServicesDep
+from service.jobs.repository import JobRepository
+from service.jobs.schemas import EventView
+from service.paging import Window
+from service.services import Services
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_BATCH = 500
+
+
+def _existing_job(job_id: str, session: ReadSession) -> str:
+    return JobRepository(session).get(job_id).id
+
+
+def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
+    try:
+        return Window(last_event_id, _BATCH).number()
+    except InputError as error:
+        raise InputError("Last-Event-ID", "should be the id of an event of this job") from error
+
+
+@router.get("/{job_id}/events/stream", response_class=EventSourceResponse)
+async def stream_events(
+    job: Annotated[str, Depends(_existing_job, scope="function")],
+    last_event: Annotated[int, Depends(_last_event)],
+    services: ServicesDep,
+) -> AsyncIterator[ServerSentEvent]:
+    """Events as they happen; ``Last-Event-ID`` resumes after an event. The stream ends when the job has ended."""
+    while not services.closing.is_set():
+        events, is_final = await to_thread.run_sync(_next_events, services, job, last_event)
+        for event in events:
+            yield ServerSentEvent(raw_data=event.model_dump_json(), event=event.type, id=event.id)
+            last_event = int(event.id)
+        if is_final and len(events) < _BATCH:
+            return
+        if len(events) < _BATCH:
+            await anyio.sleep(services.settings.poll_seconds)
+
+
+def _next_events(services: Services, job_id: str, last_event: int) -> tuple[list[EventView], bool]:
+    """Events after one, and whether the job had ended before they were read."""
+    with services.database.read() as session:
+        jobs = JobRepository(session)
+        is_final = jobs.get(job_id).state.is_final
+        rows, _ = jobs.events(job_id, Window(str(last_event), _BATCH))
+        return [EventView.of(row) for row in rows], is_final

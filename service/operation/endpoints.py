@@ -1,0 +1,58 @@
+"""Routes for those who operate the service."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import Response
+
+from service.db import current_revision, head_revision
+from service.dependencies import ServicesDep
+from service.errors import Busy
+from service.services import Services
+
+router = APIRouter(tags=["operation"])
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    """Whether the process answers."""
+    return Health()
+
+
+@router.get("/readyz")
+def readyz(services: ServicesDep) -> Health:
+    """Whether the service can do its work: database reached and migrated, supervisor alive."""
+    problem = _unready(services)
+    if problem is not None:
+        raise Busy("not_ready", problem, retry_after_seconds=5)
+    return Health()
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(services: ServicesDep) -> Response:
+    """Prometheus metrics."""
+    return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _unready(services: Services) -> str | None:
+    try:
+        with services.database.engine.connect() as connection:
+            revision = current_revision(connection)
+    except SQLAlchemyError:
+        return "the database cannot be reached"
+    if revision != head_revision():
+        return f"the database is at revision {revision}, not {head_revision()}"
+    if services.closing.is_set() or not services.supervisor.is_alive():
+        return "the supervisor is not running"
+    return None

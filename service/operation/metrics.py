@@ -1,0 +1,82 @@
+"""Prometheus metrics: counters kept here, gauges read from the database when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from service.clock import Clock
+from service.db import Database
+from service.jobs.repository import JobRepository
+from service.jobs.states import JobState
+
+_PLAN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+_RESIDUAL_BUCKETS = (-0.1, -0.05, -0.03, -0.01, 0.0, 0.01, 0.03, 0.05, 0.1, 0.2)
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "chunkplan_requests", "HTTP requests.", ["method", "route", "status"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "chunkplan_request_seconds", "Time to the response.", ["method", "route"], registry=self.registry
+        )
+        self.plan_seconds = Histogram(
+            "chunkplan_plan_seconds", "Time to compute a plan.", buckets=_PLAN_BUCKETS, registry=self.registry
+        )
+        self.out_of_memory = Counter(
+            "chunkplan_out_of_memory", "Attempts that ran out of memory.", ["device"], registry=self.registry
+        )
+        self.residual = Histogram(
+            "chunkplan_residual_ratio",
+            "(predicted - measured) / measured peak, per chunk of finished jobs.",
+            buckets=_RESIDUAL_BUCKETS,
+            registry=self.registry,
+        )
+        self.planned_bytes = Gauge(
+            "chunkplan_device_planned_bytes",
+            "Upper bound of what runs on a device.",
+            ["device"],
+            registry=self.registry,
+        )
+        self.measured_bytes = Gauge(
+            "chunkplan_device_measured_bytes",
+            "Highest allocation in the newest step on a device.",
+            ["device"],
+            registry=self.registry,
+        )
+        self.registry.register(_QueueCollector(database, clock))
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)
+
+
+class _QueueCollector(Collector):
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Nothing: registering must not read the database."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Jobs by state and the age of the queue."""
+        with self._database.read() as session:
+            jobs = JobRepository(session)
+            counted, oldest = jobs.count_by_state(), jobs.oldest_queued_at()
+        states = GaugeMetricFamily("chunkplan_jobs", "Jobs by state.", labels=["state"])
+        for state, count in counted.items():
+            states.add_metric([state.value], count)
+        yield states
+        yield GaugeMetricFamily("chunkplan_queue_depth", "Queued jobs.", value=counted[JobState.QUEUED])
+        age = 0.0 if oldest is None else (self._clock.now() - oldest).total_seconds()
+        yield GaugeMetricFamily("chunkplan_queue_age_seconds", "Age of the oldest queued job.", value=age)

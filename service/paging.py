@@ -1,0 +1,113 @@
+"""One envelope for every list, and keyset paging: a page starts after a row, never at a number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from fastapi import Depends, Query
+from pydantic import BaseModel
+from sqlalchemy import Select, tuple_
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from engine.errors import InputError
+from service.ids import is_well_formed
+
+
+class Listed(BaseModel):
+    """Base of everything that is listed: it has an id."""
+
+    id: str
+
+
+Item = TypeVar("Item", bound=Listed)
+Row = TypeVar("Row")
+
+
+class Page(BaseModel, Generic[Item]):
+    """A list, as the OpenAI clients read it."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None
+
+    @classmethod
+    def of(cls, items: Sequence[Item], *, has_more: bool = False) -> Page[Item]:
+        """A page of items."""
+        return cls(
+            data=list(items),
+            has_more=has_more,
+            first_id=items[0].id if items else None,
+            last_id=items[-1].id if items else None,
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which page was asked for."""
+
+    after: str | None
+    limit: int
+
+    def number(self) -> int:
+        """``after`` as the number of a row; 0, before the first one, when not given."""
+        if self.after is None:
+            return 0
+        if not self.after.isascii() or not self.after.isdigit() or len(self.after) > 18:
+            raise InputError("after", "should be the last_id of the page before")
+        return int(self.after)
+
+
+def _window(
+    after: Annotated[str | None, Query(max_length=80, description="last_id of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Window:
+    return Window(after, limit)
+
+
+def _long_window(
+    after: Annotated[str | None, Query(max_length=80, description="last_id of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Window:
+    return Window(after, limit)
+
+
+WindowDep = Annotated[Window, Depends(_window)]
+LongWindowDep = Annotated[Window, Depends(_long_window)]
+"""For rows that come by the thousand: events, metrics, samples."""
+
+OptionalText = Annotated[str | None, Query(max_length=4096, pattern=r"^[^\x00]*$")]
+"""A filter; no NUL, which Postgres cannot compare with."""
+
+
+def newest_first(
+    session: Session,
+    statement: Select[tuple[Row]],
+    created_at: InstrumentedAttribute[Any],
+    identifier: InstrumentedAttribute[str],
+    window: Window,
+) -> tuple[list[Row], bool]:
+    """One page of rows, newest first, and whether there are more.
+
+    Raises:
+        InputError: ``after`` names no row.
+    """
+    if window.after is not None:
+        known = session.get(identifier.class_, window.after) if is_well_formed(window.after) else None
+        if known is None:
+            raise InputError("after", f"there is nothing with the id {window.after!r}")
+        statement = statement.where(tuple_(created_at, identifier) < (known.created_at, known.id))
+    rows = session.scalars(statement.order_by(created_at.desc(), identifier.desc()).limit(window.limit + 1)).all()
+    return list(rows[: window.limit]), len(rows) > window.limit
+
+
+def by_number(
+    session: Session, statement: Select[tuple[Row]], number: InstrumentedAttribute[int], window: Window
+) -> tuple[list[Row], bool]:
+    """One page of numbered rows, in their order, and whether there are more."""
+    statement = statement.where(number > window.number()).order_by(number).limit(window.limit + 1)
+    rows = session.scalars(statement).all()
+    return list(rows[: window.limit]), len(rows) > window.limit

@@ -1,0 +1,75 @@
+"""What plan routes take and give, beside `planner.spec`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from engine.spec import ModelRef, SpecModel, TrainingSpec
+from planner.spec import GpuRef
+from service.db.tables import PlanRow
+from service.paging import Listed
+
+
+class PlanSummary(Listed):
+    """A plan in a list."""
+
+    id: str
+    object: Literal["plan"] = "plan"
+    planner_version: str
+    model: str
+    gpu: str
+    method: str
+    fits: bool
+    upper_bytes: int
+    capacity_bytes: int
+    step_seconds: float
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: PlanRow) -> PlanSummary:
+        """The summary of a stored plan."""
+        return cls(
+            id=row.id,
+            planner_version=row.planner_version,
+            model=row.model,
+            gpu=row.gpu,
+            method=row.method,
+            fits=row.fits,
+            upper_bytes=row.upper_bytes,
+            capacity_bytes=row.capacity_bytes,
+            step_seconds=row.step_seconds,
+            created_at=row.created_at,
+        )
+
+
+class CompareRequest(SpecModel):
+    """One model, several devices, several methods."""
+
+    model: ModelRef
+    gpus: Annotated[list[GpuRef], Field(min_length=1, max_length=16)]
+    methods: Annotated[list[Literal["chunkft", "full"]], Field(min_length=1, max_length=2)] = Field(
+        default=["chunkft", "full"]
+    )
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    """For every method; a method of one chunk takes everything but the schedule."""
+    memory_limit_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
+
+
+class Comparison(PlanSummary):
+    """One cell of a comparison: a plan's summary with its figures."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    host_bytes: int
+    tokens_per_second: float
+
+    @classmethod
+    def of(cls, row: PlanRow) -> Comparison:
+        """The cell of a stored plan."""
+        peak = row.plan["peak"]
+        figures = {name: peak[name] for name in ("allocated_bytes", "reserved_bytes", "device_bytes", "host_bytes")}
+        return cls(**PlanSummary.of(row).model_dump(), **figures, tokens_per_second=row.plan["tokens_per_second"])

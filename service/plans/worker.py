@@ -1,0 +1,157 @@
+"""The planner in a process of its own: warm, bounded in time, replaceable. The server itself never imports torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+import structlog
+
+from engine.errors import InputError
+from planner.spec import Plan, PlanRequest, Timeline
+from service.errors import Busy, Unprocessable
+
+log = structlog.get_logger(__name__)
+
+
+class Planner(Protocol):
+    """What the service needs of a planner."""
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """The plan of a request."""
+
+    def timeline(self, request: PlanRequest) -> Timeline:
+        """The footprint of a request over one cycle."""
+
+    def close(self) -> None:
+        """Ends the worker process."""
+
+
+class PlannerProcess:
+    """Runs `planner.plan` and `planner.timeline` in one spawned process, one request at a time.
+
+    Args:
+        timeout_seconds: a request that takes longer is given up and its process killed.
+        queue_seconds: how long a request waits for its turn.
+    """
+
+    def __init__(self, timeout_seconds: float, queue_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._queue_seconds = queue_seconds
+        self._turn = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+        self._warm: Future[int] | None = None
+
+    def start(self) -> None:
+        """Starts the process without waiting for it."""
+        with self._turn:
+            self._ensure_pool()
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """See `planner.plan`.
+
+        Raises:
+            InputError: the planner refuses the request.
+            Unprocessable: it took too long.
+            Busy: others are waiting already.
+        """
+        return Plan.model_validate_json(self._call(_plan, request))
+
+    def timeline(self, request: PlanRequest) -> Timeline:
+        """See `planner.timeline`; raises as `plan` does."""
+        return Timeline.model_validate_json(self._call(_timeline, request))
+
+    def close(self) -> None:
+        """Ends the worker process."""
+        with self._turn:
+            self._kill()
+
+    def _call(self, function: Callable[[str], Answer], request: PlanRequest) -> str:
+        if not self._turn.acquire(timeout=self._queue_seconds):
+            raise Busy("planner_busy", "other plans are being computed; try again soon", retry_after_seconds=10)
+        try:
+            status, *rest = self._run(function, request.model_dump_json())
+        finally:
+            self._turn.release()
+        if status == "input":
+            raise InputError(rest[0], rest[1])
+        return rest[0]
+
+    def _run(self, function: Callable[[str], Answer], request: str) -> Answer:
+        deadline = time.monotonic() + self._timeout_seconds
+        for is_last in (False, True):
+            pool = self._ensure_pool()
+            try:
+                return pool.submit(function, request).result(timeout=max(deadline - time.monotonic(), 0.001))
+            except FutureTimeout as error:
+                self._kill()
+                message = f"this plan takes longer than {self._timeout_seconds:g} seconds; ask for a smaller one"
+                raise Unprocessable("plan_timeout", message) from error
+            except BrokenProcessPool as error:
+                log.warning("the planner's process died", again=not is_last)
+                self._kill()
+                if is_last:
+                    raise Unprocessable("plan_failed", "the planner's process died on this request, twice") from error
+        raise AssertionError("unreachable")
+
+    def _ensure_pool(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_initialise)
+            self._warm = self._pool.submit(os.getpid)
+        return self._pool
+
+    def _kill(self) -> None:
+        """Ends the process at once, whatever it is doing."""
+        pool, warm, self._pool, self._warm = self._pool, self._warm, None, None
+        if pool is None or warm is None:
+            return
+        try:
+            os.kill(warm.result(timeout=self._timeout_seconds), signal.SIGKILL)
+        except (BrokenProcessPool, FutureTimeout, ProcessLookupError):
+            log.debug("the planner's process is gone already")
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+Answer = tuple[str, ...]
+"""``("ok", json)`` or ``("input", field, message)``."""
+
+
+def _initialise() -> None:
+    """In the new process: leave Ctrl-C to the server, and never outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True, name="follow-parent").start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _plan(request: str) -> Answer:
+    import planner
+
+    return _answer(lambda: planner.plan(PlanRequest.model_validate_json(request)))
+
+
+def _timeline(request: str) -> Answer:
+    import planner
+
+    return _answer(lambda: planner.timeline(PlanRequest.model_validate_json(request)))
+
+
+def _answer(compute: Callable[[], Any]) -> Answer:
+    try:
+        return "ok", compute().model_dump_json()
+    except InputError as error:
+        return "input", error.field, error.message

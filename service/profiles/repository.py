@@ -1,0 +1,90 @@
+"""SQL on profiles and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.db.tables import MetricRow, ProfileRow, SampleRow
+from service.errors import NotFound
+from service.ids import is_well_formed
+from service.paging import Window, by_number, newest_first
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The highest sample of one phase of one chunk."""
+
+    chunk_index: int
+    phase: str
+    allocated_bytes: int
+
+
+class ProfileRepository:
+    """Profiles and the samples behind them."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def get(self, profile_id: str) -> ProfileRow:
+        """A profile by its id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        row = self._session.get(ProfileRow, profile_id) if is_well_formed(profile_id) else None
+        if row is None:
+            raise NotFound("profile", profile_id)
+        return row
+
+    def page(
+        self, window: Window, *, job_id: str | None, model: str | None, gpu: str | None
+    ) -> tuple[list[ProfileRow], bool]:
+        """Profiles, newest first."""
+        statement = select(ProfileRow)
+        for column, value in ((ProfileRow.job_id, job_id), (ProfileRow.model, model), (ProfileRow.gpu, gpu)):
+            if value is not None:
+                statement = statement.where(column == value)
+        return newest_first(self._session, statement, ProfileRow.created_at, ProfileRow.id, window)
+
+    def add(self, row: ProfileRow) -> None:
+        """Stores a profile."""
+        self._session.add(row)
+
+    def samples(
+        self, job_id: str, window: Window, *, chunk_index: int | None, phase: str | None
+    ) -> tuple[list[SampleRow], bool]:
+        """A job's samples in the order in which they came."""
+        statement = select(SampleRow).where(SampleRow.job_id == job_id)
+        if chunk_index is not None:
+            statement = statement.where(SampleRow.chunk_index == chunk_index)
+        if phase is not None:
+            statement = statement.where(SampleRow.phase == phase)
+        return by_number(self._session, statement, SampleRow.id, window)
+
+    def count_samples(self, job_id: str) -> int:
+        """How many samples a job has."""
+        return self._session.scalar(select(func.count()).where(SampleRow.job_id == job_id)) or 0
+
+    def phase_peaks(self, job_id: str) -> list[PhasePeak]:
+        """The highest sample of every phase of every chunk of a job."""
+        statement = (
+            select(SampleRow.chunk_index, SampleRow.phase, func.max(SampleRow.allocated_bytes))
+            .where(SampleRow.job_id == job_id)
+            .group_by(SampleRow.chunk_index, SampleRow.phase)
+        )
+        return [PhasePeak(*values) for values in self._session.execute(statement).tuples()]
+
+    def mean_step_seconds(self, job_id: str) -> float | None:
+        """Mean time of one update."""
+        statement = select(func.avg(MetricRow.seconds)).where(MetricRow.job_id == job_id, MetricRow.kind == "train")
+        return self._session.scalar(statement)
+
+    def latest(self, limit: int) -> Sequence[ProfileRow]:
+        """The newest profiles."""
+        return self._session.scalars(
+            select(ProfileRow).order_by(ProfileRow.created_at.desc(), ProfileRow.id.desc()).limit(limit)
+        ).all()

@@ -1,0 +1,81 @@
+"""Profiles, samples and residuals as clients see them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from planner.residuals import Residual
+from service.db.tables import ProfileRow, SampleRow
+from service.paging import Listed
+
+
+class ProfileView(Listed):
+    """What a finished job measured against its plan. Errors are relative: (predicted - measured) / measured."""
+
+    id: str
+    object: Literal["profile"] = "profile"
+    job_id: str
+    plan_id: str
+    model: str
+    gpu: str
+    device: str
+    num_samples: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    mean_absolute_error: float | None
+    max_absolute_error: float | None
+    mean_error: float | None
+    min_error: float | None
+    """The worst under-prediction, when negative."""
+    predicted_step_seconds: float
+    measured_step_seconds: float | None
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: ProfileRow) -> ProfileView:
+        """The view of a stored profile."""
+        return cls(**{name: getattr(row, name) for name in cls.model_fields if name != "object"})
+
+
+class SampleView(Listed):
+    """What the allocator recorded in one phase of one step."""
+
+    id: str
+    object: Literal["sample"] = "sample"
+    attempt_id: str
+    step: int
+    chunk_index: int
+    phase: str
+    allocated_bytes: int
+    reserved_bytes: int
+    host_bytes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, row: SampleRow) -> SampleView:
+        """The view of a stored sample."""
+        return cls(
+            id=str(row.id),
+            attempt_id=row.attempt_id,
+            step=row.step,
+            chunk_index=row.chunk_index,
+            phase=row.phase,
+            allocated_bytes=row.allocated_bytes,
+            reserved_bytes=row.reserved_bytes,
+            host_bytes=row.host_bytes,
+            seconds=row.seconds,
+        )
+
+
+class ResidualView(Listed, Residual):
+    """Predicted against measured peak of one phase of one chunk."""
+
+    id: str
+    """``<chunk>-<phase>``."""
+    object: Literal["residual"] = "residual"
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> ResidualView:
+        """The view of a stored residual."""
+        return cls(id=f"{stored['chunk_index']}-{stored['phase']}", **stored)

@@ -1,0 +1,71 @@
+"""What a server process is made of, put together once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import Event
+
+from service.clock import Clock, SystemClock
+from service.db import Database
+from service.execution.devices import local_devices
+from service.execution.identity import ProcessIdentity
+from service.execution.local import LocalExecution
+from service.execution.supervisor import Supervisor
+from service.files.service import FileService
+from service.jobs.service import JobService
+from service.operation.metrics import Metrics
+from service.plans.service import PlanService
+from service.plans.worker import Planner, PlannerProcess
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that routes and the supervisor use."""
+
+    settings: Settings
+    clock: Clock
+    database: Database
+    planner: Planner
+    owns_planner: bool
+    """Whether the planner ends with this server."""
+    plans: PlanService
+    files: FileService
+    jobs: JobService
+    supervisor: Supervisor
+    metrics: Metrics
+    closing: Event = field(default_factory=Event)
+    """Set when the server is about to stop, so that streams end."""
+
+
+def build_services(settings: Settings, planner: Planner | None = None, clock: Clock | None = None) -> Services:
+    """The parts of one server.
+
+    Args:
+        settings: where and how.
+        planner: one to share; by default the server's own process.
+        clock: by default the machine's.
+    """
+    clock = clock or SystemClock()
+    database = Database(settings.database_url)
+    own_planner = PlannerProcess(settings.plan_timeout_seconds, settings.plan_queue_seconds)
+    metrics = Metrics(database, clock)
+    plans = PlanService(database, planner or own_planner, settings, clock, metrics)
+    files = FileService(database, settings, clock)
+    devices = local_devices()
+    supervisor = Supervisor(
+        database, LocalExecution(settings.locks_dir), devices, settings, clock, ProcessIdentity.current(), metrics
+    )
+    jobs = JobService(database, plans, devices, settings, clock)
+    return Services(
+        settings=settings,
+        clock=clock,
+        database=database,
+        planner=planner or own_planner,
+        owns_planner=planner is None,
+        plans=plans,
+        files=files,
+        jobs=jobs,
+        supervisor=supervisor,
+        metrics=metrics,
+    )
