@@ -1,10 +1,10 @@
-"""AdamW on the active chunk, with states that live in host memory (keep) or only during a visit (reset).
+"""Updates the active chunk, with states that live in host memory (keep) or only during a visit (reset).
 
 Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit and leave with its last: with
 one update per visit they pass through block by block, and the device never holds more than one block's states.
 
 Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
-bf16 weights are updated in fp32 and rounded stochastically: rounding to nearest would lose most small updates.
+bf16 weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
 """
 
 from __future__ import annotations
@@ -15,57 +15,70 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from engine.gradients import ActiveSlice
+from engine.rounding import join, split, stochastic_round_
+from engine.rules import RULES, HyperParameters
 from engine.schedule import Visit
+from engine.spec import Master, Optimizer, StateDtype
 
 BLOCK_NUMEL = 4 * 2**20
-"""Elements that are updated at a time: 32 MiB of states, and for bf16 weights 48 MiB of fp32 temporaries."""
+"""Elements that are updated at a time: AdamW's fp32 states of a block take 32 MiB, a bf16 weight's fp32 temporaries 48 MiB."""
 
 BlockKey = tuple[int, int]
 """Ordinal of the slice within its chunk, and first element of the block within the slice."""
 
 
 @dataclass(slots=True)
-class Moments:
-    """First and second moments of one block, fp32, [numel] each."""
+class BlockStates:
+    """What is kept for one block of weights, [numel] each: moments in the state data type, the int16 residual or the fp32 master."""
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: list[Tensor]
+    residual: Tensor | None = None
+    master: Tensor | None = None
 
-    def copy_(self, other: Moments) -> None:
-        """Take over the other's values, from wherever they are."""
-        self.exp_avg.copy_(other.exp_avg)
-        self.exp_avg_sq.copy_(other.exp_avg_sq)
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        named = {f"moment{i}": moment for i, moment in enumerate(self.moments)}
+        if self.residual is not None:
+            named["residual"] = self.residual
+        if self.master is not None:
+            named["master"] = self.master
+        return named
+
+    @staticmethod
+    def of(named: dict[str, Tensor]) -> BlockStates:
+        """Inverse of :meth:`named`."""
+        moments = [named[name] for name in sorted(named) if name.startswith("moment")]
+        return BlockStates(moments, named.get("residual"), named.get("master"))
 
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: its own number of updates, the run's number of its last one, its blocks' moments where they live now."""
+    """One chunk's states: its own number of updates, the run's number of its last one, its blocks' states where they live now."""
 
     num_updates: int = 0
     last_update: int = -1
-    host: dict[BlockKey, Moments] = field(default_factory=dict)
-    device: dict[BlockKey, Moments] = field(default_factory=dict)
+    host: dict[BlockKey, BlockStates] = field(default_factory=dict)
+    device: dict[BlockKey, BlockStates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class AdamWConfig:
-    """Hyper-parameters of AdamW and the policy for its states."""
+class OptimizerConfig:
+    """Which rule, its hyper-parameters, and what becomes of its states."""
 
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    rule: Optimizer = Optimizer.ADAMW
+    hyper: HyperParameters = HyperParameters()
     max_grad_norm: float | None = 1.0
     states: Literal["keep", "reset"] = "keep"
+    state_dtype: StateDtype = StateDtype.FP32
+    master: Master = Master.NONE
 
 
-class ChunkAdamW:
+class ChunkOptimizer:
     """Updates one chunk at a time; see the module's docstring."""
 
-    def __init__(self, config: AdamWConfig) -> None:
+    def __init__(self, config: OptimizerConfig) -> None:
         self.config = config
         self.chunks: dict[int, ChunkStates] = {}
 
@@ -75,7 +88,8 @@ class ChunkAdamW:
         states = self.chunks.setdefault(visit.chunk_index, ChunkStates())
         if visit.is_first and self.config.states == "reset":
             states.num_updates = 0
-            states.host.clear()
+            for home in states.host.values():
+                home.moments = []
         states.num_updates += 1
         states.last_update = visit.update
         for ordinal, piece in enumerate(active):
@@ -102,40 +116,68 @@ class ChunkAdamW:
     def _update_block(
         self, states: ChunkStates, key: BlockKey, weight: Tensor, gradient: Tensor, learning_rate: float
     ) -> None:
-        moments = states.device.get(key) or self._enter(states, key, weight)
-        if weight.dtype == torch.float32:
-            self._adamw(weight, gradient, moments, states.num_updates, learning_rate)
-            return
-        exact = weight.float()
-        self._adamw(exact, gradient.float(), moments, states.num_updates, learning_rate)
-        weight.copy_(stochastic_round_(exact))
+        here = states.device.get(key) or self._enter(states, key, weight)
+        exact = _exact(weight, here)
+        moments = [moment.float() for moment in here.moments]
+        RULES[self.config.rule](
+            exact, gradient.float(), moments, states.num_updates, learning_rate, self.config.hyper
+        )
+        for stored, moment in zip(here.moments, moments, strict=True):
+            if stored is not moment:
+                stored.copy_(stochastic_round_(moment))
+        del moments
+        _write_back(exact, weight, here)
 
-    def _enter(self, states: ChunkStates, key: BlockKey, weight: Tensor) -> Moments:
-        """Moments of a block on the device: from the host, or zero."""
-        zeros = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
-        moments = states.device[key] = Moments(*zeros)
-        if key in states.host:
-            moments.copy_(states.host[key])
-        return moments
+    def _enter(self, states: ChunkStates, key: BlockKey, weight: Tensor) -> BlockStates:
+        """A block's states on the device: from the host, or new."""
+        config, at_home = self.config, states.host.get(key)
+        dtype = torch.float32 if config.state_dtype is StateDtype.FP32 else torch.bfloat16
+        here = BlockStates([torch.zeros_like(weight, dtype=dtype) for _ in range(config.rule.num_moments)])
+        if weight.dtype != torch.float32 and config.master is Master.RESIDUAL:
+            here.residual = torch.zeros_like(weight, dtype=torch.int16)
+        if weight.dtype != torch.float32 and config.master is Master.FP32:
+            here.master = weight.float()
+        states.device[key] = here
+        if at_home is not None:
+            named = here.named()
+            for name, tensor in at_home.named().items():
+                named[name].copy_(tensor)
+        return here
 
     def _leave(self, states: ChunkStates, key: BlockKey) -> None:
-        """Send a block's moments to the host (keep) or drop them (reset)."""
-        moments = states.device.pop(key)
+        """Send a block's states to the host, or drop those that do not outlive the visit."""
+        here = states.device.pop(key)
+        here.master = None
         if self.config.states == "reset":
+            here.moments = []
+        staying = here.named()
+        if not staying:
             return
         if key not in states.host:
-            numel, device = moments.exp_avg.numel(), moments.exp_avg.device
-            states.host[key] = Moments(host_empty(numel, device), host_empty(numel, device))
-        states.host[key].copy_(moments)
+            states.host[key] = BlockStates.of({name: host_like(tensor) for name, tensor in staying.items()})
+        at_home = states.host[key].named()
+        for name, tensor in staying.items():
+            at_home[name].copy_(tensor)
 
-    def _adamw(self, weight: Tensor, gradient: Tensor, moments: Moments, count: int, learning_rate: float) -> None:
-        config = self.config
-        step = torch.full((), float(count - 1), dtype=torch.float32, device=weight.device)
-        adamw(
-            [weight], [gradient], [moments.exp_avg], [moments.exp_avg_sq], [], [step],
-            fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=learning_rate,
-            weight_decay=config.weight_decay, eps=config.eps, maximize=False,
-        )  # fmt: skip
+
+def _exact(weight: Tensor, here: BlockStates) -> Tensor:
+    """The fp32 weights to update: the weights themselves, the master, or a new tensor."""
+    if here.master is not None:
+        return here.master
+    if here.residual is not None:
+        return join(weight, here.residual)
+    return weight.float()
+
+
+def _write_back(exact: Tensor, weight: Tensor, here: BlockStates) -> None:
+    if weight.dtype == torch.float32:
+        return
+    if here.residual is not None:
+        split(exact, weight, here.residual)
+    elif here.master is not None:
+        weight.copy_(exact)
+    else:
+        weight.copy_(stochastic_round_(exact))
 
 
 def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
@@ -151,17 +193,9 @@ def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
     return 0.0 if total.device.type == "meta" else float(total)
 
 
-def stochastic_round_(exact: Tensor) -> Tensor:
-    """Round fp32 to bf16 values in place, up or down with probability proportional to the distance. Returns ``exact``."""
-    bits = exact.view(torch.int32)
-    noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=bits.device)
-    # The low half is cut off after the noise was added: a carry into the high half is rounding up.
-    bits.add_(noise).bitwise_and_(-(2**16))
-    return exact
-
-
-def host_empty(numel: int, device: torch.device) -> Tensor:
-    """fp32 host memory for states: pinned for a GPU; anonymous pages outside torch's allocator when the device is the CPU itself."""
-    if device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, max(4 * numel, 1)), dtype=torch.float32, count=numel)
-    return torch.empty(numel, dtype=torch.float32, pin_memory=device.type == "cuda")
+def host_like(tensor: Tensor) -> Tensor:
+    """Host memory for a state of this shape: pinned for a GPU; anonymous pages outside torch's allocator when the device is the CPU itself."""
+    if tensor.device.type == "cpu":
+        pages = mmap.mmap(-1, max(tensor.numel() * tensor.element_size(), 1))
+        return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel())
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")

@@ -40,6 +40,41 @@ class Precision(StrEnum):
         return 4 if self is Precision.FP32 else 2
 
 
+class Optimizer(StrEnum):
+    """Which rule updates the active chunk."""
+
+    ADAMW = "adamw"
+    LION = "lion"
+    SGD = "sgd"
+    ADAGRAD = "adagrad"
+    RMSPROP = "rmsprop"
+
+    @property
+    def num_moments(self) -> int:
+        """State tensors of the weights' size."""
+        return 2 if self is Optimizer.ADAMW else 1
+
+
+class StateDtype(StrEnum):
+    """How optimizer states are stored; they are computed in fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return 4 if self is StateDtype.FP32 else 2
+
+
+class Master(StrEnum):
+    """What keeps the precision that bf16 weights lack."""
+
+    NONE = "none"
+    FP32 = "fp32"
+    RESIDUAL = "residual"
+
+
 class ScheduleSpec(SpecModel):
     """Which chunk is active at which optimizer update, and where its optimizer states live."""
 
@@ -49,9 +84,11 @@ class ScheduleSpec(SpecModel):
     """Optimizer updates per visit of a chunk."""
     states: Literal["keep", "reset"] = "keep"
     """``keep``: states live in host memory between visits; ``reset``: they start from zero at every visit."""
-    state_dtype: Literal["fp32"] = "fp32"
-    master: Literal["none"] = "none"
-    """``none``: bf16 weights are updated in fp32 and rounded stochastically."""
+    state_dtype: StateDtype = StateDtype.FP32
+    """bf16 states are rounded stochastically."""
+    master: Master = Master.NONE
+    """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long as the chunk is
+    visited, rounded once on leaving. ``residual``: an exact fp32 master, whose low 16 bits are kept with the states."""
     expansion: Literal["none"] = "none"
 
 
@@ -69,7 +106,7 @@ class TrainingSpec(SpecModel):
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     precision: Literal[Precision.BF16, Precision.FP32] = Precision.BF16
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Optimizer = Optimizer.ADAMW
     activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "full"
     loss: Literal["fused", "standard"] = "fused"
     attention: Literal["sdpa", "eager"] = "sdpa"

@@ -1,0 +1,36 @@
+"""bf16 and its fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW_HALF = 2**16
+
+
+def stochastic_round_(exact: Tensor) -> Tensor:
+    """Round fp32 to bf16 values in place, up or down with probability proportional to the distance. Returns ``exact``."""
+    bits = exact.view(torch.int32)
+    noise = torch.randint(0, _LOW_HALF, bits.shape, dtype=torch.int32, device=bits.device)
+    # The low half is cut off after the noise was added: a carry into the high half is rounding up.
+    bits.add_(noise).bitwise_and_(-_LOW_HALF)
+    return exact
+
+
+def join(rounded: Tensor, residual: Tensor) -> Tensor:
+    """The fp32 master of a bf16 weight and its residual: their bit patterns, added. New tensor of the same shape."""
+    bits = rounded.view(torch.int16).to(torch.int32).mul_(_LOW_HALF).add_(residual)
+    return bits.view(torch.float32)
+
+
+def split(exact: Tensor, rounded: Tensor, residual: Tensor) -> None:
+    """Round the fp32 master to nearest into ``rounded`` (bf16), and write what is left over into ``residual`` (int16).
+
+    The difference of the bit patterns lies in [−2¹⁵, 2¹⁵], and 2¹⁵ itself, a tie that was rounded down to even, is
+    the one value that int16 lacks: there the weight keeps its rounding away from even instead.
+    """
+    rounded.copy_(exact)
+    difference = exact.view(torch.int32) - rounded.view(torch.int16).to(torch.int32).mul_(_LOW_HALF)
+    tie = difference == 2**15
+    rounded.view(torch.int16).add_(tie.to(torch.int16))
+    residual.copy_(difference.sub_(tie.to(torch.int32).mul_(_LOW_HALF)))
