@@ -76,7 +76,7 @@ class Expansion:
         blocks = [slice(begin, begin + per_block) for begin in range(0, num_rows, per_block)]
         columns = torch.zeros_like(moments.column)
         for block in blocks:
-            squares = gradient[block].float().square_()
+            squares = gradient[block].float().square()
             moments.row[block].lerp_(squares.mean(1, keepdim=True), 1.0 - decay)
             columns += squares.sum(0, keepdim=True)
         moments.column.lerp_(columns.div_(num_rows), 1.0 - decay)
