@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, checked when read, incremental by chunk.
 
-A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer states of its slices), and
-``manifest.json`` with the position, the random states, and every file's size and SHA-256. It is written under a temporary name,
-synced, and renamed. Files of chunks that did not change since the previous checkpoint are hard links to it.
+A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and
+optimizer states of its slices), and ``manifest.json`` with the position, the random states, and every file's size and
+SHA-256. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the
+previous checkpoint are hard links to it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where training goes on: after update ``step``, with the notes saved there; one sentence per checkpoint passed over."""
+    """Where training goes on: after update ``step``, with its notes; a sentence per checkpoint passed over."""
 
     step: int
     notes: dict[str, Any]
@@ -52,7 +53,7 @@ class Resumed:
 def save_checkpoint(
     tuner: ChunkFT, folder: Path, fingerprint: str, notes: dict[str, Any], keep: int = 2
 ) -> SavedCheckpoint:
-    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; older checkpoints beyond ``keep`` are removed.
+    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; remove older ones beyond ``keep``.
 
     Args:
         tuner: between two updates.

@@ -1,8 +1,8 @@
 """Activation checkpointing that keeps the truncation: only layers that backpropagation reaches are recomputed.
 
 Each chosen layer's ``forward`` is wrapped on the instance with torch's non-reentrant checkpoint. transformers' own
-``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's output, so that every layer would be recomputed
-whatever chunk is active.
+``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's output, so that every layer
+would be recomputed whatever chunk is active.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
 def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Recompute the given layers in backward instead of keeping their activations; undone on exit."""
     for layer in layers:
-        layer.forward = _checkpointed(layer)  # type: ignore[method-assign]
+        layer.forward = _checkpointed(layer)
     try:
         yield
     finally:

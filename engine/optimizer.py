@@ -1,7 +1,8 @@
 """AdamW on the active chunk, with states that live in host memory (keep) or only during a visit (reset).
 
-Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit and leave with its last: with
-one update per visit they pass through block by block, and the device never holds more than one block's states.
+Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit
+and leave with its last: with one update per visit they pass through block by block, and the device never holds more
+than one block's states.
 
 Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
 bf16 weights are updated in fp32 and rounded stochastically: rounding to nearest would lose most small updates.
@@ -42,7 +43,7 @@ class Moments:
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: its own number of updates, the run's number of its last one, its blocks' moments where they live now."""
+    """One chunk's states: its own number of updates, the run's number of its last one, and its blocks' moments."""
 
     num_updates: int = 0
     last_update: int = -1
@@ -85,7 +86,7 @@ class ChunkAdamW:
     def update_slice(
         self, states: ChunkStates, ordinal: int, piece: ActiveSlice, is_last: bool, learning_rate: float
     ) -> None:
-        """Update the slice's weights block by block, then release its gradient; after the visit's last update its states leave."""
+        """Update the slice's weights block by block, then release its gradient; ``is_last`` sends its states away."""
         gradient = piece.tensor.grad
         if gradient is None:
             return
@@ -152,7 +153,7 @@ def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
 
 
 def stochastic_round_(exact: Tensor) -> Tensor:
-    """Round fp32 to bf16 values in place, up or down with probability proportional to the distance. Returns ``exact``."""
+    """Round fp32 to bf16 values in place, up or down, so that the mean is exact. Returns ``exact``."""
     bits = exact.view(torch.int32)
     noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=bits.device)
     # The low half is cut off after the noise was added: a carry into the high half is rounding up.
@@ -161,7 +162,7 @@ def stochastic_round_(exact: Tensor) -> Tensor:
 
 
 def host_empty(numel: int, device: torch.device) -> Tensor:
-    """fp32 host memory for states: pinned for a GPU; anonymous pages outside torch's allocator when the device is the CPU itself."""
+    """fp32 host memory for states: pinned for a GPU; when the device is the CPU, pages outside torch's allocator."""
     if device.type == "cpu":
         return torch.frombuffer(mmap.mmap(-1, max(4 * numel, 1)), dtype=torch.float32, count=numel)
     return torch.empty(numel, dtype=torch.float32, pin_memory=device.type == "cuda")

@@ -1,7 +1,7 @@
 """One training attempt from its spec to its exported model, told top-down.
 
-The trainer reports what happens through a function that takes an event's type and fields (docs/architecture.md lists them); it neither
-prints nor knows who listens.
+The trainer reports what happens through a function that takes an event's type and fields (docs/architecture.md lists
+them); it neither prints nor knows who listens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +99,12 @@ class Trainer:
         check_model_folder(run.model_path)
         self.tokenizer = load_tokenizer(run.model_path)
         self.splits: DatasetSplits = load_dataset(
-            Path(run.dataset_path), run.dataset_format, self.tokenizer, training.seq_len, run.eval_fraction, training.seed
+            Path(run.dataset_path),
+            run.dataset_format,
+            self.tokenizer,
+            training.seq_len,
+            run.eval_fraction,
+            training.seed,
         )
         self.batches = Batches(self.splits.train, training.micro_batch_size, training.seed)
         self.profiler = profiler_for(run.device)

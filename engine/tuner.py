@@ -1,5 +1,6 @@
 """ChunkFT for one's own training loop: ``tuner.backward(batch)``, ``tuner.step()``.
 
+Example:
     tuner = ChunkFT(model, num_chunks=16, lr=2e-5)
     for batch in loader:
         tuner.backward(batch)
@@ -88,7 +89,8 @@ class ChunkFT:
 
         Args:
             batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device.
-            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update. Default: of this one.
+            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
+                Default: of this one.
 
         Returns:
             The detached loss, a scalar.
