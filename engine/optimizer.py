@@ -77,10 +77,14 @@ class ChunkAdamW:
         if visit.is_first and self.config.states == "reset":
             states.num_updates = 0
             states.host.clear()
+            states.device.clear()
         states.num_updates += 1
         states.last_update = visit.update
         for ordinal, piece in enumerate(active):
             self.update_slice(states, ordinal, piece, visit.is_last, learning_rate)
+        if visit.is_last:
+            for key in list(states.device):  # of slices that got no gradient this time
+                self._leave(states, key)
         return norm
 
     def update_slice(
