@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, checked when read, incremental by chunk.
 
-A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and
-optimizer states of its slices), and ``manifest.json`` with the position, the random states, and every file's size and
-SHA-256. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the
-previous checkpoint are hard links to it.
+A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer
+states of its slices), and ``manifest.json`` with the position, the random states, every file's size and SHA-256, and its
+own. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the previous
+checkpoint are hard links to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.files import sha256_file, sync_path
+from engine.files import sha256_file, sha256_text, sync_path
 from engine.optimizer import ChunkStates, Moments, host_empty
 from engine.tuner import ChunkFT
 
@@ -64,7 +64,8 @@ def save_checkpoint(
     """
     final = folder / f"step-{tuner.num_updates:08d}"
     temporary = folder / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     newest, previous = _previous_files(folder)
     files: dict[str, dict[str, Any]] = {}
@@ -85,7 +86,7 @@ def save_checkpoint(
         "random_states": _random_states(),
         "files": files,
     }
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (temporary / _MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
     sync_path(temporary / _MANIFEST)
     sync_path(temporary)
     shutil.rmtree(final, ignore_errors=True)
@@ -109,6 +110,8 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
             manifest = _checked_manifest(candidate)
         except CheckpointError as damage:
             passed_over.append(str(damage))
+            # Out of the way of later checkpoints, which would link to its files and count it as kept.
+            candidate.rename(folder / f".{candidate.name}.damaged")
             continue
         if manifest["fingerprint"] != fingerprint:
             raise CheckpointError(f"{candidate.name} was written with another model, data set or training spec")
@@ -131,9 +134,12 @@ def _previous_files(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Checkpoint folders with a manifest, newest first."""
-    found = [path for path in folder.glob("step-*") if (path / _MANIFEST).is_file()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    """Checkpoint folders, newest first: they get this name when everything is in them."""
+    return sorted(folder.glob("step-*"), key=lambda path: path.name, reverse=True)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return sha256_text(json.dumps(manifest, sort_keys=True))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -143,6 +149,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name}: its manifest cannot be read") from error
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path.name}: format {manifest.get('format')!r} is not {_FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{path.name}: its manifest is damaged")
     return manifest
 
 
