@@ -15,11 +15,20 @@ from typing import Literal, Self
 
 from torch import Tensor, nn
 
+from engine.errors import InputError
 from engine.gradients import Activation, ActiveSlice
 from engine.optimizer import AdamWConfig, ChunkAdamW
 from engine.schedule import Schedule, Visit
 from engine.spec import CheckpointedLayers, Order
-from engine.step import Observer, StepOptions, Unobserved, forward_backward, num_counted_tokens, prepared
+from engine.step import (
+    Observer,
+    StepOptions,
+    Unobserved,
+    check_fused_loss,
+    forward_backward,
+    num_counted_tokens,
+    prepared,
+)
 from engine.stream import ParameterStream
 
 
@@ -37,6 +46,9 @@ class ChunkFT:
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
         observer: is told the phases of each step.
+
+    Raises:
+        InputError: an option that this model cannot be trained with.
     """
 
     def __init__(
@@ -57,6 +69,8 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> None:
+        if loss == "fused":
+            check_fused_loss(model)
         self.model = model
         self.stream = ParameterStream(model)
         self.chunks = self.stream.partition(num_chunks)
@@ -88,13 +102,18 @@ class ChunkFT:
         """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
 
         Args:
-            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device.
+            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. An ``attention_mask`` may come
+                along when it pads on the right: causal attention never looks there.
             denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
                 Default: of this one.
 
         Returns:
             The detached loss, a scalar.
+
+        Raises:
+            InputError: the batch holds something else that would change the result.
         """
+        _check_batch(batch)
         labels = batch["labels"]
         if denominator is None:
             denominator = max(num_counted_tokens(labels), 1)
@@ -127,3 +146,12 @@ class ChunkFT:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _check_batch(batch: Mapping[str, Tensor]) -> None:
+    unknown = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
+    if unknown:
+        raise InputError(f"batch.{unknown[0]}", "is not used in training; give input_ids and labels")
+    mask = batch.get("attention_mask")
+    if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise InputError("batch.attention_mask", "must pad on the right; set the tokenizer's padding_side to 'right'")
