@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.db import upgrade
+from service.logs import configure_logging
 from service.plans.worker import PlannerProcess
 from service.services import Services
 from service.settings import Settings
@@ -25,6 +26,11 @@ from tests.support.postgres import PostgresCluster, create_database, drop_databa
 
 TINY_MODEL = "smollm2-135m-instruct"
 """Catalog id under which the tests' tiny model lies in the models folder."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logging() -> None:
+    configure_logging("console")
 
 
 @pytest.fixture(scope="session")
