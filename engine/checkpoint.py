@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, checked when read, incremental by chunk.
 
 A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer
-states of its slices), and ``manifest.json`` with the position, the random states, every file's size and SHA-256, and its
-own. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the previous
-checkpoint are hard links to it.
+states of its slices), and ``manifest.json`` with the position, the random states, every file's size and SHA-256, and
+its own. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the
+previous checkpoint are hard links to it.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def forward_backward(
     with observer.phase("forward"):
         loss = compute_loss(model, input_ids, labels, denominator, options)
     with observer.phase("backward"):
-        loss.backward()
+        if loss.requires_grad:  # not when nothing of the chunk takes part in this batch (unrouted experts)
+            loss.backward()
         return loss.detach()
 
 

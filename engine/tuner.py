@@ -102,8 +102,8 @@ class ChunkFT:
         """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
 
         Args:
-            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. An ``attention_mask`` may come
-                along when it pads on the right: causal attention never looks there.
+            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. An ``attention_mask`` that
+                pads on the right may come along: causal attention never looks there.
             denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
                 Default: of this one.
 
