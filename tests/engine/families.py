@@ -34,11 +34,7 @@ _FAMILIES = {
     "cohere": ("Cohere", {"logit_scale": 0.25}),
     "gpt-neox": ("GPTNeoX", {"hidden_dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": False}),
     "opt": ("OPT", {"dropout": 0.0, "ffn_dim": 24, "word_embed_proj_dim": 16, "tie_word_embeddings": True}),
-    "gpt2": (
-        "GPT2",
-        {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24}
-        | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    ),
+    "gpt2": ("GPT2", {"n_inner": 24, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
 }
 FAMILIES = list(_FAMILIES)
