@@ -26,6 +26,11 @@ def block_tokens(vocab_size: int) -> int:
     return max(_BLOCK_TOKENS, _BLOCK_BYTES // (4 * vocab_size))
 
 
+def block_rows(vocab_size: int, num_tokens: int) -> int:
+    """Rows of the head per block of its gradient, over all tokens: as many logits as in a block of tokens."""
+    return max(1, block_tokens(vocab_size) * vocab_size // num_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
     """What a family does between the head's product and the softmax: logits → cap · tanh(scale · logits / cap)."""
@@ -166,7 +171,7 @@ def _weight_gradient(
 ) -> None:
     """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: each row is one product."""
     start, stop = rows
-    block = max(1, block_tokens(weight.shape[0]) * weight.shape[0] // hidden.shape[0])
+    block = block_rows(weight.shape[0], hidden.shape[0])
     for first in range(start, stop, block):
         last = min(first + block, stop)
         bias_rows = None if bias is None else bias[first:last]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.chunks import Chunk, partition
+from engine.errors import InputError
 from engine.spec import ScheduleSpec, TrainingSpec
 from planner.cache import TraceStore
 from planner.compose import SegmentSummary, summarise
@@ -19,6 +20,8 @@ _STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other"
 MOMENT_BYTES = 4
 """Per element of each of the two moments, fp32."""
 CUDA_GRANULARITY = 512
+MAX_PLANNED_CHUNKS = 4096
+"""Bounds the work of one plan; past a few hundred a chunk's own memory is small against everything else."""
 _ID_BYTES = 8
 
 
@@ -94,7 +97,9 @@ class Footprints:
         self._rates: Rates = rates(training.precision, gpu)
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
-        """The stream's partition; raises InputError when there are more chunks than rows."""
+        """The stream's partition; raises InputError when there are more chunks than rows, or more than can be planned."""
+        if num_chunks > MAX_PLANNED_CHUNKS:
+            raise InputError("training.schedule.num_chunks", f"at most {MAX_PLANNED_CHUNKS} chunks can be planned")
         return partition(self.structure.parameters, num_chunks)
 
     def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
@@ -147,9 +152,13 @@ class Footprints:
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
             seconds += self._seconds(summary.work) * summary.num_copies
         seconds *= training.gradient_accumulation_steps
-        for position, piece in enumerate(chunk.slices):
-            trace = self.update_trace(piece.numel, schedule, update)
-            (summary,) = (s for s in summarise(trace, (), (piece.numel,), 0, self.granularity) if s.phase == "optimizer")
+        updates = [self._update(piece.numel, schedule, update) for piece in chunk.slices]
+        if training.max_grad_norm is not None:
+            clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
+            moments.append(Moment("optimizer", "clip", seconds, max(clips, key=sum)))
+            seconds += sum(self._seconds(phases["clip"].work) for phases in updates)
+        for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
+            summary = phases["optimizer"]
             at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
             moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
@@ -159,6 +168,10 @@ class Footprints:
             if schedule.states == "keep" and self.gpu.kind != "cpu":
                 seconds += (update.comes + update.leaves) * transfer_seconds(2 * piece.numel * MOMENT_BYTES, self.gpu)
         return moments, seconds
+
+    def _update(self, numel: int, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
+        trace = self.update_trace(numel, schedule, update)
+        return {summary.phase: summary for summary in summarise(trace, (), (numel,), 0, self.granularity)}
 
     def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
         return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)

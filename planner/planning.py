@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 from engine.chunks import Chunk
+from engine.errors import InputError
 from engine.schedule import Schedule
 from engine.spec import ScheduleSpec, TrainingSpec
 from planner.cache import TraceStore, code_digest
@@ -19,6 +20,7 @@ from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, 
 
 PLANNER_VERSION = "1"
 _MIB = 2**20
+MAX_MICRO_BATCH_TOKENS = 2**20
 CUDA_MARGIN = 0.03
 """Share of everything but the weights that a bound on CUDA adds: kernels' scratch is tabulated, not yet measured per device."""
 CUDA_MARGIN_BYTES = 96 * _MIB
@@ -46,6 +48,7 @@ class Planner:
     """Evaluates schedules of one request's model, device and training spec."""
 
     def __init__(self, request: PlanRequest) -> None:
+        _check_work(request.training)
         self.request = request
         self.model: ModelEntry = find_model(request.model)
         self.gpu: GpuSpec = find_gpu(request.gpu)
@@ -114,6 +117,13 @@ class Planner:
         return structure.parameter_bytes + workspaces + extra.context_bytes + CUDA_MARGIN_BYTES
 
 
+def _check_work(training: TrainingSpec) -> None:
+    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes through it block by block."""
+    if training.seq_len * training.micro_batch_size > MAX_MICRO_BATCH_TOKENS:
+        field = "seq_len" if training.seq_len > MAX_MICRO_BATCH_TOKENS else "micro_batch_size"
+        raise InputError(f"training.{field}", f"a micro-batch may hold at most {MAX_MICRO_BATCH_TOKENS} tokens")
+
+
 def plan(request: PlanRequest) -> Plan:
     """Answer a request: the footprint of its schedule, or of the one that ``auto`` finds.
 
@@ -148,7 +158,8 @@ def timeline(request: PlanRequest) -> Timeline:
     planner = Planner(request)
     chosen = choose(planner)
     workspaces = planner.overheads.workspace_bytes * planner.overheads.num_workspaces
-    points, begin = [], 0.0
+    points: list[TimelinePoint] = []
+    begin = 0.0
     for index in Schedule(len(chosen.chunks), chosen.schedule.order, 1).cycle_order(0):
         footprint = chosen.chunks[index]
         points.extend(_point(footprint.chunk, moment, begin, workspaces) for moment in footprint.moments)
