@@ -22,7 +22,7 @@ from service.settings import Settings
 from tests.support.clock import FixedClock
 from tests.support.live import LiveServer
 from tests.support.model import write_chats, write_tiny_model
-from tests.support.postgres import PostgresCluster, create_database, drop_database
+from tests.support.postgres import PostgresCluster, create_database, drop_database, empty_database
 
 TINY_MODEL = "smollm2-135m-instruct"
 """Catalog id under which the tests' tiny model lies in the models folder."""
@@ -54,10 +54,10 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def migrated_postgres(postgres_url: str) -> Iterator[str]:
-    """Name of a migrated Postgres database to copy."""
+    """URL of a migrated Postgres database; tests take turns and leave it empty."""
     url = create_database(postgres_url)
     upgrade(url)
-    yield url.rpartition("/")[2]
+    yield url
     drop_database(postgres_url, url)
 
 
@@ -81,10 +81,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
         yield f"sqlite:///{path}"
         return
-    server = request.getfixturevalue("postgres_url")
-    url = create_database(server, template=request.getfixturevalue("migrated_postgres"))
+    url = request.getfixturevalue("migrated_postgres")
     yield url
-    drop_database(server, url)
+    empty_database(url)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -14,6 +15,8 @@ from types import TracebackType
 
 import psycopg
 
+import service.db.tables  # noqa: F401 - fills the metadata
+from service.db.base import Base
 from tests.support.waiting import wait_for
 
 
@@ -79,7 +82,7 @@ class PostgresCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is not None:
-            self._process.terminate()
+            self._process.send_signal(signal.SIGQUIT)
             self._process.wait(timeout=30)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -102,11 +105,11 @@ class PostgresCluster:
         subprocess.run(command, check=True, capture_output=True, cwd=self._folder)
 
 
-def create_database(server_url: str, template: str = "template1") -> str:
+def create_database(server_url: str) -> str:
     """A fresh database on the server; its URL."""
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(_plain(server_url), autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        connection.execute(f'CREATE DATABASE "{name}"')
     return server_url.rpartition("/")[0] + f"/{name}"
 
 
@@ -114,6 +117,13 @@ def drop_database(server_url: str, url: str) -> None:
     """Removes a database, whoever is still connected to it."""
     with psycopg.connect(_plain(server_url), autocommit=True) as connection:
         connection.execute(f'DROP DATABASE "{url.rpartition("/")[2]}" WITH (FORCE)')
+
+
+def empty_database(url: str) -> None:
+    """Deletes every row of our tables."""
+    tables = ", ".join(Base.metadata.tables)
+    with psycopg.connect(_plain(url), autocommit=True) as connection:
+        connection.execute(f"TRUNCATE {tables} RESTART IDENTITY")
 
 
 def _plain(url: str) -> str:
