@@ -44,6 +44,11 @@ class LiveServer:
         """Returns when the server answers that it is ready."""
         wait_for(self._is_ready, "the server to be ready")
 
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
     def trainers(self) -> list[psutil.Process]:
         """The trainers that this server has started and that still run."""
         children = psutil.Process(self._process.pid).children()
