@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, checked when read, incremental by chunk.
 
-A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer states of its slices), and
-``manifest.json`` with the position, the random states, and every file's size and SHA-256. It is written under a temporary name,
-synced, and renamed. Files of chunks that did not change since the previous checkpoint are hard links to it.
+A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer
+states of its slices), and ``manifest.json`` with the position, the random states, every file's size and SHA-256, and
+its own. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the
+previous checkpoint are hard links to it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.files import sha256_file, sync_path
-from engine.optimizer import ChunkStates, Moments, host_empty
+from engine.files import sha256_file, sha256_text, sync_path
+from engine.optimizer import BlockKey, BlockStates, ChunkStates, host_like
 from engine.tuner import ChunkFT
 
 _FORMAT = 1
@@ -42,7 +43,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where training goes on: after update ``step``, with the notes saved there; one sentence per checkpoint passed over."""
+    """Where training goes on: after update ``step``, with its notes; a sentence per checkpoint passed over."""
 
     step: int
     notes: dict[str, Any]
@@ -52,7 +53,7 @@ class Resumed:
 def save_checkpoint(
     tuner: ChunkFT, folder: Path, fingerprint: str, notes: dict[str, Any], keep: int = 2
 ) -> SavedCheckpoint:
-    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; older checkpoints beyond ``keep`` are removed.
+    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; remove older ones beyond ``keep``.
 
     Args:
         tuner: between two updates.
@@ -63,7 +64,8 @@ def save_checkpoint(
     """
     final = folder / f"step-{tuner.num_updates:08d}"
     temporary = folder / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     newest, previous = _previous_files(folder)
     files: dict[str, dict[str, Any]] = {}
@@ -84,7 +86,7 @@ def save_checkpoint(
         "random_states": _random_states(),
         "files": files,
     }
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (temporary / _MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
     sync_path(temporary / _MANIFEST)
     sync_path(temporary)
     shutil.rmtree(final, ignore_errors=True)
@@ -108,6 +110,8 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
             manifest = _checked_manifest(candidate)
         except CheckpointError as damage:
             passed_over.append(str(damage))
+            # Out of the way of later checkpoints, which would link to its files and count it as kept.
+            candidate.rename(folder / f".{candidate.name}.damaged")
             continue
         if manifest["fingerprint"] != fingerprint:
             raise CheckpointError(f"{candidate.name} was written with another model, data set or training spec")
@@ -130,9 +134,12 @@ def _previous_files(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Checkpoint folders with a manifest, newest first."""
-    found = [path for path in folder.glob("step-*") if (path / _MANIFEST).is_file()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    """Checkpoint folders, newest first: they get this name when everything is in them."""
+    return sorted(folder.glob("step-*"), key=lambda path: path.name, reverse=True)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return sha256_text(json.dumps(manifest, sort_keys=True))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -142,6 +149,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name}: its manifest cannot be read") from error
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path.name}: format {manifest.get('format')!r} is not {_FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{path.name}: its manifest is damaged")
     return manifest
 
 
@@ -166,14 +175,14 @@ def _describe(file: Path, index: int, states: ChunkStates) -> dict[str, Any]:
 
 
 def _chunk_tensors(tuner: ChunkFT, index: int, states: ChunkStates) -> dict[str, Tensor]:
-    """The chunk's weights, and its moments from wherever they are now."""
+    """The chunk's weights, and its states from wherever they are now."""
     tensors: dict[str, Tensor] = {}
     for ordinal, piece in enumerate(tuner.chunks[index].slices):
         flat = tuner.stream.parameters[piece.index].detach().view(-1)
         tensors[f"weight.{ordinal}"] = flat[piece.start : piece.stop].cpu()
-    for (ordinal, begin), moments in {**states.host, **states.device}.items():
-        tensors[f"exp_avg.{ordinal}.{begin}"] = moments.exp_avg.cpu()
-        tensors[f"exp_avg_sq.{ordinal}.{begin}"] = moments.exp_avg_sq.cpu()
+    for (ordinal, begin), kept in {**states.host, **states.device}.items():
+        for name, tensor in kept.named().items():
+            tensors[f"{name}.{ordinal}.{begin}"] = tensor.cpu()
     return tensors
 
 
@@ -185,12 +194,13 @@ def _load_chunk(tuner: ChunkFT, file: Path, entry: dict[str, Any]) -> None:
     for ordinal, piece in enumerate(tuner.chunks[index].slices):
         flat = tuner.stream.parameters[piece.index].detach().view(-1)
         flat[piece.start : piece.stop].copy_(tensors[f"weight.{ordinal}"])
-    for name, exp_avg in tensors.items():
+    kept: dict[BlockKey, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
         kind, *key = name.split(".")
-        if kind == "exp_avg":
-            home = Moments(host_empty(exp_avg.numel(), device), host_empty(exp_avg.numel(), device))
-            home.copy_(Moments(exp_avg, tensors[f"exp_avg_sq.{key[0]}.{key[1]}"]))
-            states.host[int(key[0]), int(key[1])] = home
+        if kind != "weight":
+            home = host_like(tensor.to(device))
+            kept.setdefault((int(key[0]), int(key[1])), {})[kind] = home.copy_(tensor)
+    states.host = {key: BlockStates.of(named) for key, named in kept.items()}
     tuner.optimizer.chunks[index] = states
 
 

@@ -1,8 +1,8 @@
 """Activation checkpointing that keeps the truncation: only layers that backpropagation reaches are recomputed.
 
 Each chosen layer's ``forward`` is wrapped on the instance with torch's non-reentrant checkpoint. transformers' own
-``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's output, so that every layer would be recomputed
-whatever chunk is active.
+``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's output, so that every layer
+would be recomputed whatever chunk is active.
 """
 
 from __future__ import annotations
@@ -17,22 +17,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def _has_dropout(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    rates = [getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop", "dropout")]
-    active = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
-    return active or any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
 def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
     forward = layer.forward
-    keep_rng = _has_dropout(layer)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=keep_rng, **kwargs)
+        # Dropout hides in functional calls, router noise elsewhere: in training the random state is always kept (5 KB).
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=layer.training, **kwargs)
 
     return run
 
@@ -40,10 +33,14 @@ def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
 @contextmanager
 def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Recompute the given layers in backward instead of keeping their activations; undone on exit."""
+    replaced = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = _checkpointed(layer)  # type: ignore[method-assign]
+        layer.forward = _checkpointed(layer)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, own in zip(layers, replaced, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own

@@ -1,10 +1,11 @@
 """The parameter stream and its partition into chunks, as pure data.
 
-The stream is the model's unique parameters in ``named_parameters()`` order, seen as one sequence of bytes. A chunk is a
-contiguous range of it. Cuts fall on rows (dimension 0) of tensors with two or more dimensions; one-dimensional tensors (norms,
-biases) are never cut. Every element of every parameter lies in exactly one chunk. Imports no torch.
+The stream is the model's unique parameters in ``named_parameters()`` order, seen as one sequence of bytes. A chunk is
+a contiguous range of it. Cuts fall on rows (dimension 0) of tensors with two or more dimensions; one-dimensional
+tensors (norms, biases) are never cut. Every element of every parameter lies in exactly one chunk. Imports no torch.
 
-Source: ChunkFT, arXiv 2605.21177 (byte stream, balanced by bytes); the rule about rows is ours (docs/decisions/0001-cuts.md).
+Source: ChunkFT, arXiv 2605.21177 (byte stream, balanced by bytes); the rule about rows is ours
+(docs/decisions/0001-cuts.md).
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def partition(parameters: Sequence[ParameterInfo], num_chunks: int) -> list[Chun
     num_units = cuts_after[-1]
     if not 1 <= num_chunks <= num_units:
         raise InputError(
-            "training.schedule.num_chunks", f"must be between 1 and {num_units}, the number of rows of this model's parameters"
+            "training.schedule.num_chunks",
+            f"must be between 1 and {num_units}, the number of rows of this model's parameters",
         )
 
     def nearest_unit(target_bytes: float) -> int:
@@ -98,9 +100,7 @@ def partition(parameters: Sequence[ParameterInfo], num_chunks: int) -> list[Chun
         unit = nearest_unit(bytes_after[-1] * i / num_chunks)
         bounds.append(min(max(unit, bounds[-1] + 1), num_units - (num_chunks - i)))
     bounds.append(num_units)
-    return [
-        Chunk(i, _slices(parameters, cuts_after, bounds[i], bounds[i + 1])) for i in range(num_chunks)
-    ]
+    return [Chunk(i, _slices(parameters, cuts_after, bounds[i], bounds[i + 1])) for i in range(num_chunks)]
 
 
 def _slices(parameters: Sequence[ParameterInfo], cuts_after: list[int], begin: int, end: int) -> tuple[Slice, ...]:

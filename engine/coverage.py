@@ -9,7 +9,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _digest(parameter: Tensor) -> tuple[int, int]:
-    """Two sums over the bit patterns: equal weights give equal sums, an update changes them but for a negligible chance."""
+    """Two sums over the bit patterns: equal weights give equal sums, and an update all but surely changes them."""
     bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).view(-1)
     return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
 

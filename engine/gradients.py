@@ -1,28 +1,25 @@
 """Gradients for one chunk only: whole tensors through autograd as it is, cut tensors through sliced functions.
 
-While a chunk is active, every parameter outside it is frozen, so backpropagation stops below the lowest active layer. A cut parameter gets
-the class :class:`CutParameter` (nothing else about the instance changes: identity, ties and state_dict keys stay), whose ``__torch_function__``
-routes linear, embedding and addmm to functions that compute the gradient of the active rows only. Any other operation sees an alias
-whose dense gradient is sliced on arrival: always right, at the price of one dense gradient for a moment.
-
-Source: ChunkFT, arXiv 2605.21177, section on sub-tensor gradients; the class swap is ours.
+While a chunk is active, every parameter outside it is frozen, so backpropagation stops below the lowest active layer.
+Identity, ties and state_dict keys of every parameter stay what they are; engine.cut says what happens to a cut one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from engine.chunks import Chunk
+from engine.cut import CutParameter, RowRange
 from engine.stream import ParameterStream
+
+__all__ = ["Activation", "ActiveSlice", "CutParameter", "activate"]
+
+_MARK = "chunk_is_active"
+"""Attribute of every parameter of an active chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,261 +30,89 @@ class ActiveSlice:
     start: int
     stop: int
     tensor: Tensor
-    """1-D leaf of ``stop - start`` elements that shares the parameter's storage; ``tensor.grad`` is the range's gradient."""
+    """1-D leaf of ``stop - start`` elements in the parameter's storage; ``tensor.grad`` is the range's gradient.
+
+    It is the only place where the gradient lives: ``parameter.grad`` stays None.
+    """
     parameter: nn.Parameter
 
     def release_gradient(self) -> None:
         """Drop the gradient and its memory."""
         self.tensor.grad = None
-        if not isinstance(self.parameter, CutParameter):
-            self.parameter.grad = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowRange:
-    """The active rows [start, stop) of a cut parameter, the leaf that takes their gradient, and the dense weight as a plain tensor."""
-
-    leaf: Tensor
-    weight: Tensor
-    start: int
-    stop: int
-
-
-class CutParameter(nn.Parameter):
-    """A parameter of which only some rows are active; see the module's docstring."""
-
-    rows: RowRange
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Route ``func`` to its sliced version, or give it an alias of the weight."""
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_grad_enabled() and not _is_metadata(func):
-                sliced = _SLICED.get(func)
-                result = sliced(*args, **kwargs) if sliced else None
-                if result is not None:
-                    return result
-                args, kwargs = tree_map(_alias, (args, kwargs))
-            return func(*args, **kwargs)
-
-
-_DIFFERENTIABLE_GETTERS = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get__, torch.Tensor.mH.__get__}
-_METADATA_METHODS = {
-    "requires_grad_", "detach", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "untyped_storage", "element_size",
-    "register_hook", "is_floating_point", "is_complex", "__hash__", "__repr__", "__deepcopy__", "__reduce_ex__", "__len__",
-}  # fmt: skip
-
-
-def _is_metadata(func: Callable[..., Any]) -> bool:
-    """True for attribute reads and methods that no gradient flows through."""
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__"):
-        return func not in _DIFFERENTIABLE_GETTERS
-    return name in _METADATA_METHODS
-
-
-class _SliceOfDense(torch.autograd.Function):
-    """Identity on the weight; its dense gradient is cut to the active rows as soon as it arrives."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
-        ctx.range = (start, stop)
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        start, stop = ctx.range
-        return gradient[start:stop].reshape(-1).clone(), None, None, None
-
-
-def _alias(value: Any) -> Any:
-    if not isinstance(value, CutParameter):
-        return value
-    rows = value.rows
-    return _SliceOfDense.apply(rows.leaf, rows.weight, rows.start, rows.stop)
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the data type that autocast gives to matrix products, or unchanged outside autocast."""
-    kind = next(t for t in tensors if t is not None).device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
-
-
-class _SlicedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b with dW for rows [start, stop) only: dY[:, start:stop]ᵀ x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        ctx.range = (start, stop)
-        ctx.leaf_dtype = leaf.dtype
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        start, stop = ctx.range
-        dx = dy.matmul(weight) if ctx.needs_input_grad[0] else None
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        dw = dy_rows[:, start:stop].t().mm(x.reshape(-1, x.shape[-1])).to(ctx.leaf_dtype)
-        db = dy_rows.sum(0) if ctx.needs_input_grad[3] else None
-        return dx, dw.view(-1), None, db, None, None
-
-
-class _SlicedAddmm(torch.autograd.Function):
-    """y = b + x W (Conv1D of GPT-2) with dW for rows [start, stop) only: x[:, start:stop]ᵀ dY."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor, start: int, stop: int
-    ) -> Tensor:
-        ctx.save_for_backward(x[:, start:stop], weight if ctx.needs_input_grad[0] else None)
-        ctx.leaf_dtype = leaf.dtype
-        return torch.addmm(bias, x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None, None, None]:
-        x_columns, weight = ctx.saved_tensors
-        dx = dy.mm(weight.t()) if ctx.needs_input_grad[0] else None
-        dw = x_columns.t().mm(dy).to(ctx.leaf_dtype)
-        db = dy.sum(0) if ctx.needs_input_grad[3] else None
-        return dx, dw.view(-1), None, db, None, None
-
-
-class _SlicedEmbedding(torch.autograd.Function):
-    """Look-up whose gradient is scattered into rows [start, stop) only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, leaf: Tensor, weight: Tensor, ids: Tensor, padding_idx: int | None, start: int, stop: int
-    ) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.range = (start, stop, padding_idx)
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (ids,) = ctx.saved_tensors
-        start, stop, padding_idx = ctx.range
-        num_rows = stop - start
-        outside = (ids < start) | (ids >= stop)
-        if padding_idx is not None:
-            outside |= ids == padding_idx
-        # The kernel skips its padding index: rows outside the range go there, to one row that is cut off again.
-        local = (ids - start).masked_fill_(outside, num_rows)
-        dw = torch.ops.aten.embedding_dense_backward(dy, local, num_rows + 1, num_rows, False)
-        return dw[:num_rows].view(-1), None, None, None, None, None
-
-
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    if not isinstance(weight, CutParameter) or isinstance(x, CutParameter):
-        return None
-    rows = weight.rows
-    x, dense, bias = _autocast(x, rows.weight, bias)  # type: ignore[assignment]
-    return _SlicedLinear.apply(x, rows.leaf, dense, bias, rows.start, rows.stop)  # type: ignore[no-any-return]
-
-
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor | None:
-    is_conv1d = isinstance(weight, CutParameter) and not isinstance(x, CutParameter) and not isinstance(bias, CutParameter)
-    if not is_conv1d or beta != 1 or alpha != 1 or out is not None or bias.dim() != 1:
-        return None
-    rows = weight.rows
-    x, dense, bias = _autocast(x, rows.weight, bias)
-    return _SlicedAddmm.apply(x, rows.leaf, dense, bias, rows.start, rows.stop)  # type: ignore[no-any-return]
-
-
-def _embedding(
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor | None:
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        return None
-    rows = weight.rows
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += rows.weight.shape[0]
-    return _SlicedEmbedding.apply(rows.leaf, rows.weight, input, padding_idx, rows.start, rows.stop)  # type: ignore[no-any-return]
-
-
-_SLICED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    torch.addmm: _addmm,
-}
+        self.parameter.grad = None
 
 
 class Activation:
     """Context manager in which exactly one chunk of a model has gradients.
 
     It must stay open until backward has ended (recomputation under checkpointing needs it too). On exit the parameters'
-    classes and ``requires_grad`` flags are what they were before.
+    classes, ``requires_grad`` flags and gradients are what they were before.
     """
 
     def __init__(self, stream: ParameterStream, chunk: Chunk) -> None:
         self._stream = stream
         self._chunk = chunk
         self._was_trainable: list[bool] = []
+        self._before: list[tuple[type[nn.Parameter], Tensor | None]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.slices: list[ActiveSlice] = []
 
     def __enter__(self) -> list[ActiveSlice]:
         """Freeze everything outside the chunk; return the chunk's slices in stream order."""
-        self._was_trainable = [p.requires_grad for p in self._stream.parameters]
-        for parameter in self._stream.parameters:
-            if isinstance(parameter, CutParameter):
-                raise RuntimeError("another chunk of this model is active: leave it before activating this one")
+        parameters = self._stream.parameters
+        if any(hasattr(parameter, _MARK) for parameter in parameters):
+            raise RuntimeError("another chunk of this model is active: leave it before activating this one")
+        self._was_trainable = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
             parameter.requires_grad_(False)
         for piece in self._chunk.slices:
-            parameter = self._stream.parameters[piece.index]
+            parameter = parameters[piece.index]
+            self._before.append((type(parameter), parameter.grad))
+            parameter.grad = None
+            setattr(parameter, _MARK, True)
             leaf = parameter.detach().view(-1)[piece.start : piece.stop].requires_grad_(True)
             if piece.numel == parameter.numel():
                 self._activate_whole(parameter, leaf)
             else:
                 row_numel = parameter.numel() // parameter.shape[0]
                 rows = RowRange(leaf, parameter.detach(), piece.start // row_numel, piece.stop // row_numel)
-                parameter.__class__ = CutParameter
+                _become(parameter, CutParameter)
                 parameter.rows = rows  # type: ignore[attr-defined]
             self.slices.append(ActiveSlice(self._stream.names[piece.index], piece.start, piece.stop, leaf, parameter))
         return self.slices
 
     def _activate_whole(self, parameter: nn.Parameter, leaf: Tensor) -> None:
-        def share_gradient(owner: Tensor) -> None:
-            leaf.grad = None if owner.grad is None else owner.grad.view(-1)
+        def move_gradient(owner: Tensor) -> None:
+            assert owner.grad is not None
+            arrived, owner.grad = owner.grad.view(-1), None
+            leaf.grad = arrived if leaf.grad is None else leaf.grad.add_(arrived)
 
         parameter.requires_grad_(True)
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(share_gradient))
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(move_gradient))
 
     def __exit__(
-        self, kind: type[BaseException] | None = None, error: BaseException | None = None, trace: TracebackType | None = None
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
     ) -> None:
         """Restore every parameter; gradients stay with the slices' tensors only."""
         for hook in self._hooks:
             hook.remove()
-        for active in self.slices:
-            if isinstance(active.parameter, CutParameter):
-                del active.parameter.rows
-                active.parameter.__class__ = nn.Parameter
-            else:
-                active.parameter.grad = None
+        for active, (original, gradient) in zip(self.slices, self._before, strict=True):
+            parameter = active.parameter
+            delattr(parameter, _MARK)
+            if isinstance(parameter, CutParameter):
+                del parameter.rows
+                _become(parameter, original)
+            parameter.grad = gradient
         for parameter, was_trainable in zip(self._stream.parameters, self._was_trainable, strict=True):
             parameter.requires_grad_(was_trainable)
-        self._hooks, self.slices = [], []
+        self._hooks, self._before, self.slices = [], [], []
+
+
+def _become(parameter: nn.Parameter, kind: type[nn.Parameter]) -> None:
+    parameter.__class__ = kind
 
 
 def activate(model: nn.Module, chunk: Chunk, stream: ParameterStream | None = None) -> Activation:

@@ -1,7 +1,8 @@
 """Fused linear cross-entropy: the language-model loss without ever holding the logits of all tokens.
 
-The model's own loss keeps three fp32 tensors of [tokens, vocabulary]; here the logits exist for a block of tokens at a time, and their
-gradient is consumed at once. Works with a frozen, a whole and a cut head: only the active rows get a gradient.
+The model's own loss keeps three fp32 tensors of [tokens, vocabulary]; here the logits exist for a block of tokens at
+a time, and their gradient is consumed at once. Works with a frozen, a whole and a cut head: only the active rows get
+a gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from engine.gradients import CutParameter
+from engine.cut import CutParameter
 
 IGNORE_INDEX = -100
 _BLOCK_BYTES = 16 * 2**20
@@ -21,8 +22,13 @@ _BLOCK_TOKENS = 128
 
 
 def block_tokens(vocab_size: int) -> int:
-    """Tokens per block: fp32 logits of 16 MiB, but never fewer than 128 tokens, below which the weight's traffic dominates."""
+    """Tokens per block: fp32 logits of 16 MiB, but at least 128 tokens, below which the weight's traffic dominates."""
     return max(_BLOCK_TOKENS, _BLOCK_BYTES // (4 * vocab_size))
+
+
+def block_rows(vocab_size: int, num_tokens: int) -> int:
+    """Rows of the head per block of its gradient, over all tokens: as many logits as in a block of tokens."""
+    return max(1, block_tokens(vocab_size) * vocab_size // num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class LogitTransform:
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """Sum of token losses over ``denominator``; gradients are computed in forward, block by block, and handed out in backward."""
+    """Token losses over ``denominator``; gradients are computed in forward, in blocks, and handed out in backward."""
 
     @staticmethod
     def forward(
@@ -163,9 +169,9 @@ def _weight_gradient(
     rows: tuple[int, int],
     transform: LogitTransform,
 ) -> None:
-    """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: one product per row, no accumulation error."""
+    """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: each row is one product."""
     start, stop = rows
-    block = max(1, block_tokens(weight.shape[0]) * weight.shape[0] // hidden.shape[0])
+    block = block_rows(weight.shape[0], hidden.shape[0])
     for first in range(start, stop, block):
         last = min(first + block, stop)
         bias_rows = None if bias is None else bias[first:last]
@@ -184,7 +190,7 @@ def fused_linear_cross_entropy(
     bias: Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` against ``labels``, summed over counted tokens and divided by ``denominator``.
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels``: the counted tokens' sum over ``denominator``.
 
     Args:
         hidden: [tokens, hidden size], already shifted against the labels.

@@ -28,15 +28,21 @@ def backbone(model: nn.Module) -> nn.Module:
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
     if base is None:
-        raise InputError("training.loss", f"'fused' needs a model with a base network, {type(model).__name__} has none; use 'standard'")
-    return base  # type: ignore[no-any-return]
+        raise InputError(
+            "training.loss",
+            f"'fused' needs a model with a base network, {type(model).__name__} has none; use 'standard'",
+        )
+    return base
 
 
 def head(model: nn.Module) -> nn.Linear:
     """The output projection onto the vocabulary."""
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    found = find() if find is not None else None
     if not isinstance(found, nn.Linear):
-        raise InputError("training.loss", f"'fused' needs a linear head, {type(model).__name__} has none; use 'standard'")
+        raise InputError(
+            "training.loss", f"'fused' needs a linear head, {type(model).__name__} has none; use 'standard'"
+        )
     return found
 
 
@@ -46,7 +52,9 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
     Raises:
         InputError: transformers cannot build the config.
     """
-    values = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "transformers_version")}
+    values = {
+        key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "transformers_version")
+    }
     try:
         parsed = AutoConfig.for_model(**values)
         parsed.use_cache = False
@@ -54,7 +62,9 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
             model = AutoModelForCausalLM.from_config(parsed, dtype=DTYPES[precision], attn_implementation=attention)
     except ValueError as error:
         if "attention implementation" in str(error):
-            raise InputError("training.attention", f"this architecture does not support {attention!r}; use 'eager'") from error
+            raise InputError(
+                "training.attention", f"this architecture does not support {attention!r}; use 'eager'"
+            ) from error
         raise InputError("model.config", f"transformers cannot build it: {str(error).splitlines()[0]}") from error
     except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InputError("model.config", f"transformers cannot build it: {str(error).splitlines()[0]}") from error
@@ -74,7 +84,10 @@ def check_model_folder(folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path, precision: Precision, attention: str, device: str) -> PreTrainedModel:
-    """A local Hugging Face folder (see :func:`check_model_folder`) as a model in training mode, its weights in the device's own allocator."""
+    """A local Hugging Face folder as a model in training mode, its weights in the device's own allocator.
+
+    :func:`check_model_folder` says which folders can be loaded.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[precision],
@@ -86,7 +99,7 @@ def load_model(folder: str | Path, precision: Precision, attention: str, device:
     _own_storage(model, torch.device(device))
     model.config.use_cache = False
     model.train()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _own_storage(model: nn.Module, device: torch.device) -> None:
@@ -98,7 +111,7 @@ def _own_storage(model: nn.Module, device: torch.device) -> None:
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Updates the active chunk, with states that live in host memory (keep) or only during a visit (reset).
 
-Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit and leave with its last: with
-one update per visit they pass through block by block, and the device never holds more than one block's states.
+Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit
+and leave with its last: with one update per visit they pass through block by block, and the device never holds more
+than one block's states.
 
 Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
 bf16 weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
@@ -64,11 +65,10 @@ class ChunkStates:
 
 
 @dataclass(frozen=True, slots=True)
-class OptimizerConfig:
+class OptimizerConfig(HyperParameters):
     """Which rule, its hyper-parameters, and what becomes of its states."""
 
     rule: Optimizer = Optimizer.ADAMW
-    hyper: HyperParameters = HyperParameters()
     max_grad_norm: float | None = 1.0
     states: Literal["keep", "reset"] = "keep"
     state_dtype: StateDtype = StateDtype.FP32
@@ -88,18 +88,22 @@ class ChunkOptimizer:
         states = self.chunks.setdefault(visit.chunk_index, ChunkStates())
         if visit.is_first and self.config.states == "reset":
             states.num_updates = 0
+            states.device.clear()
             for home in states.host.values():
                 home.moments = []
         states.num_updates += 1
         states.last_update = visit.update
         for ordinal, piece in enumerate(active):
             self.update_slice(states, ordinal, piece, visit.is_last, learning_rate)
+        if visit.is_last:
+            for key in list(states.device):  # of slices that got no gradient this time
+                self._leave(states, key)
         return norm
 
     def update_slice(
         self, states: ChunkStates, ordinal: int, piece: ActiveSlice, is_last: bool, learning_rate: float
     ) -> None:
-        """Update the slice's weights block by block, then release its gradient; after the visit's last update its states leave."""
+        """Update the slice's weights block by block, then release its gradient; ``is_last`` sends its states away."""
         gradient = piece.tensor.grad
         if gradient is None:
             return
@@ -119,9 +123,8 @@ class ChunkOptimizer:
         here = states.device.get(key) or self._enter(states, key, weight)
         exact = _exact(weight, here)
         moments = [moment.float() for moment in here.moments]
-        RULES[self.config.rule](
-            exact, gradient.float(), moments, states.num_updates, learning_rate, self.config.hyper
-        )
+        rule = RULES[self.config.rule]
+        rule(exact, gradient.float(), moments, states.num_updates, learning_rate, self.config)
         for stored, moment in zip(here.moments, moments, strict=True):
             if stored is not moment:
                 stored.copy_(stochastic_round_(moment))
@@ -194,7 +197,7 @@ def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
 
 
 def host_like(tensor: Tensor) -> Tensor:
-    """Host memory for a state of this shape: pinned for a GPU; anonymous pages outside torch's allocator when the device is the CPU itself."""
+    """Host memory for a state: pinned for a GPU; when the device is the CPU, pages outside torch's allocator."""
     if tensor.device.type == "cpu":
         pages = mmap.mmap(-1, max(tensor.numel() * tensor.element_size(), 1))
         return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel())

@@ -1,8 +1,9 @@
 """What a run's memory really did: the allocator's own record by phase, host memory, seconds.
 
-On the CPU the record comes from torch's profiler: every memory event carries the allocator's running total. It counts blocks allocated while
-a window is open, so the first window must be open while the model is loaded. On CUDA it comes from torch.cuda's memory
-statistics. Nothing here looks at the planner: measured and predicted come from different sources.
+On the CPU the record comes from torch's profiler: every memory event carries the allocator's running total. It counts
+blocks allocated while a window is open, so the first window must be open while the model is loaded. On CUDA it comes
+from torch.cuda's memory statistics. Nothing here looks at the planner: measured and predicted come from different
+sources.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import Any, Protocol
 
 import torch
 from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
-from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, RecordScope, _EventType, _ExperimentalConfig
+from torch._C._profiler import (
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerState,
+    RecordScope,
+    _EventType,
+    _ExperimentalConfig,
+)
 from torch.profiler import record_function
 
 _PHASE_PREFIX = "chunkplan."
@@ -27,7 +35,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Peaks of one phase of one step, bytes; seconds spent in it. A phase that ran more than once has its maxima and total time."""
+    """Peaks of one phase of one step, bytes; seconds in it. One that ran repeatedly has its maxima and total time."""
 
     phase: str
     allocated_bytes: int
@@ -78,7 +86,7 @@ class CpuProfiler:
         config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
         self._phases = []
         _prepare_profiler(config, {ProfilerActivity.CPU})
-        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
+        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
         try:
             yield
         finally:
@@ -166,7 +174,7 @@ def profiler_for(device: str) -> CpuProfiler | CudaProfiler:
 
 
 def reset_host_peak() -> None:
-    """Start the kernel's high-water mark of this process's resident memory anew (Linux; elsewhere the mark only rises)."""
+    """Start the kernel's high-water mark of this process's resident memory anew (Linux; elsewhere it only rises)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -28,6 +28,9 @@ class HyperParameters:
     eps: float = 1e-8
 
 
+DEFAULT_BETAS = dict.fromkeys(Optimizer, (0.9, 0.999)) | {Optimizer.LION: (0.9, 0.99)}
+"""What is usual for each rule."""
+
 UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor], int, float, HyperParameters], None]
 """``rule(weight, gradient, moments, count, lr, hyper)``: in place; fp32, [numel] each; the gradient may be overwritten."""
 

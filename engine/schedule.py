@@ -1,4 +1,4 @@
-"""Which chunk is active at which optimizer update, and at which learning rate. Pure functions of the update's number."""
+"""Which chunk is active at which optimizer update, and at which rate: pure functions of the update's number."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def rate_factor(
 ) -> float:
     """Learning-rate factor in (0, 1] of a cycle, so that every chunk sees the same rates.
 
-    The first ``warmup_ratio`` of the cycles rise linearly; the rest stay (constant), fall linearly, or fall along a half
-    cosine, in such steps that one more cycle would be at zero: the last update is always at the schedule's end.
+    The first ``warmup_ratio`` of the cycles rise linearly; the rest stay (constant), fall linearly, or fall along a
+    half cosine, in such steps that one more cycle would be at zero: the last update is always at the schedule's end.
     """
     warmup = math.floor(warmup_ratio * num_cycles)
     if cycle < warmup:

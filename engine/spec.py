@@ -5,6 +5,7 @@ Imports no torch: servers and cached plans load this module.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,6 +93,16 @@ class ScheduleSpec(SpecModel):
     expansion: Literal["none"] = "none"
 
 
+@dataclass(frozen=True, slots=True)
+class StateSizes:
+    """Bytes per weight of each tensor that an optimizer keeps beside it."""
+
+    device: tuple[int, ...]
+    """While a block of the active chunk is on the device."""
+    host: tuple[int, ...]
+    """Between visits."""
+
+
 class CheckpointedLayers(SpecModel):
     """Checkpoint only the named layers (indices into the model's layer list)."""
 
@@ -116,6 +127,13 @@ class TrainingSpec(SpecModel):
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
 
     @model_validator(mode="after")
+    def _masters_are_for_bf16(self) -> TrainingSpec:
+        is_asked = self.schedule != "auto" and self.schedule.master is not Master.NONE
+        if is_asked and self.precision is Precision.FP32:
+            raise ValueError("fp32 weights are their own master: use schedule.master 'none' with precision 'fp32'")
+        return self
+
+    @model_validator(mode="after")
     def _full_is_one_chunk(self) -> TrainingSpec:
         if self.method == "full" and self.schedule != "auto" and self.schedule.num_chunks != 1:
             # `full` is the schedule with one chunk: an explicit other count contradicts the method.
@@ -123,6 +141,14 @@ class TrainingSpec(SpecModel):
                 raise ValueError("method 'full' is the schedule with num_chunks 1; use method 'chunkft' for more")
             object.__setattr__(self, "schedule", self.schedule.model_copy(update={"num_chunks": 1}))
         return self
+
+
+def state_sizes(training: TrainingSpec, schedule: ScheduleSpec) -> StateSizes:
+    """What optimizer and schedule keep for every weight, on the device and on the host."""
+    moments = (schedule.state_dtype.itemsize,) * training.optimizer.num_moments
+    residual = (2,) if schedule.master is Master.RESIDUAL else ()
+    master = (4,) if schedule.master is Master.FP32 else ()
+    return StateSizes(moments + residual + master, (moments if schedule.states == "keep" else ()) + residual)
 
 
 class JobTraining(TrainingSpec):

@@ -1,4 +1,7 @@
-"""The training step that the engine executes and the planner traces: one definition, so that prediction and reality cannot drift apart."""
+"""The training step that the engine executes and the planner traces.
+
+One definition, so that prediction and reality cannot drift apart.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,9 @@ def prepared(model: nn.Module, options: StepOptions) -> Iterator[None]:
     choice = options.activation_checkpointing
     if isinstance(choice, CheckpointedLayers):
         if any(index >= len(layers) for index in choice.layers):
-            raise InputError("training.activation_checkpointing.layers", f"this model has {len(layers)} layers, indices from 0")
+            raise InputError(
+                "training.activation_checkpointing.layers", f"this model has {len(layers)} layers, indices from 0"
+            )
         layers = [layers[index] for index in sorted(set(choice.layers))]
     elif choice == "none":
         layers = []
@@ -96,7 +101,8 @@ def forward_backward(
     with observer.phase("forward"):
         loss = compute_loss(model, input_ids, labels, denominator, options)
     with observer.phase("backward"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # not when nothing of the chunk takes part in this batch (unrouted experts)
+            loss.backward()
         return loss.detach()
 
 
@@ -131,5 +137,6 @@ def check_fused_loss(model: nn.Module) -> None:
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not torch.isclose(fused, own.to(fused.dtype), rtol=tolerance, atol=tolerance):
         raise InputError(
-            "training.loss", f"'fused' gives {float(fused):.5f} where {type(model).__name__} itself gives {float(own):.5f}; use 'standard'"
+            "training.loss",
+            f"'fused' gives {float(fused):.5f} where {type(model).__name__} gives {float(own):.5f}; use 'standard'",
         )

@@ -1,17 +1,17 @@
 """One training attempt from its spec to its exported model, told top-down.
 
-The trainer reports what happens through a function that takes an event's type and fields (docs/architecture.md lists them); it neither
-prints nor knows who listens.
+The trainer reports what happens through a function that takes an event's type and fields (docs/architecture.md lists
+them); it neither prints nor knows who listens.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ from engine.models import check_model_folder, load_model, load_tokenizer, pad_to
 from engine.profiler import Sample, profiler_for
 from engine.schedule import rate_factor
 from engine.spec import RunSpec, ScheduleSpec
-from engine.step import check_fused_loss, evaluate, num_counted_tokens
+from engine.step import evaluate, num_counted_tokens
 from engine.tuner import ChunkFT
 
 Report = Callable[..., None]
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss or its gradient is no longer a finite number."""
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Trainer:
 
         Raises:
             InputError: model or data cannot be used.
-            Diverged: the loss is not finite.
+            Diverged: the loss or the gradient's norm is not finite.
         """
         self._load()
         resumed_step = self._resume()
@@ -100,7 +100,12 @@ class Trainer:
         check_model_folder(run.model_path)
         self.tokenizer = load_tokenizer(run.model_path)
         self.splits: DatasetSplits = load_dataset(
-            Path(run.dataset_path), run.dataset_format, self.tokenizer, training.seq_len, run.eval_fraction, training.seed
+            Path(run.dataset_path),
+            run.dataset_format,
+            self.tokenizer,
+            training.seq_len,
+            run.eval_fraction,
+            training.seed,
         )
         self.batches = Batches(self.splits.train, training.micro_batch_size, training.seed)
         self.profiler = profiler_for(run.device)
@@ -108,8 +113,6 @@ class Trainer:
             self.model = load_model(run.model_path, training.precision, training.attention, run.device)
         self.load_samples = self.profiler.samples
         self.base_digests = parameter_digests(self.model)
-        if training.loss == "fused":
-            check_fused_loss(self.model)
         self.tuner = ChunkFT(
             self.model,
             self.schedule.num_chunks,
@@ -117,6 +120,9 @@ class Trainer:
             order=self.schedule.order,
             switch_every=self.schedule.switch_every,
             states=self.schedule.states,
+            state_dtype=self.schedule.state_dtype,
+            master=self.schedule.master,
+            optimizer=training.optimizer,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             loss=training.loss,
@@ -161,6 +167,8 @@ class Trainer:
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} at update {tuner.num_updates + 1}, chunk {visit.chunk_index}")
             norm = tuner.step()
+            if norm is not None and not math.isfinite(norm):
+                raise Diverged(f"gradient norm is {norm} at update {tuner.num_updates}, chunk {visit.chunk_index}")
             num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
             del micro_batches
         seconds = time.perf_counter() - begin
@@ -182,6 +190,8 @@ class Trainer:
         size = self.training.micro_batch_size
         batches = (self._tensors(held_out[i : i + size]) for i in range(0, len(held_out), size))
         loss, num_tokens = evaluate(self.model, ((b["input_ids"], b["labels"]) for b in batches), self.tuner.options)
+        if not math.isfinite(loss):
+            raise Diverged(f"held-out loss is {loss} after update {step}")
         self.evaluations.append(Evaluation(step, loss))
         perplexity = math.exp(min(loss, 700.0))
         self.report("eval", step=step, loss=loss, perplexity=perplexity, num_tokens=num_tokens)
@@ -199,6 +209,7 @@ class Trainer:
         stats = self.splits.stats
         self.report(
             "started",
+            pid=os.getpid(),
             device=self.run.device,
             num_parameters=self.tuner.stream.num_parameters,
             num_chunks=self.schedule.num_chunks,

@@ -1,5 +1,6 @@
 """ChunkFT for one's own training loop: ``tuner.backward(batch)``, ``tuner.step()``.
 
+Example:
     tuner = ChunkFT(model, num_chunks=16, lr=2e-5)
     for batch in loader:
         tuner.backward(batch)
@@ -14,11 +15,21 @@ from typing import Literal, Self
 
 from torch import Tensor, nn
 
+from engine.errors import InputError
 from engine.gradients import Activation, ActiveSlice
-from engine.optimizer import AdamWConfig, ChunkAdamW
+from engine.optimizer import ChunkOptimizer, OptimizerConfig
+from engine.rules import DEFAULT_BETAS
 from engine.schedule import Schedule, Visit
-from engine.spec import CheckpointedLayers, Order
-from engine.step import Observer, StepOptions, Unobserved, forward_backward, num_counted_tokens, prepared
+from engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype
+from engine.step import (
+    Observer,
+    StepOptions,
+    Unobserved,
+    check_fused_loss,
+    forward_backward,
+    num_counted_tokens,
+    prepared,
+)
 from engine.stream import ParameterStream
 
 
@@ -32,10 +43,17 @@ class ChunkFT:
         order: in which order a cycle visits the chunks.
         switch_every: optimizer updates per visit.
         states: ``keep`` optimizer states in host memory between visits, or ``reset`` them.
+        state_dtype: how states are stored; they are computed in fp32.
+        master: what keeps the precision that bf16 weights lack, see :class:`engine.spec.ScheduleSpec`.
+        optimizer: the update rule.
+        betas: of the rule; default: what is usual for it.
         max_grad_norm: clip the active chunk's gradient norm; None turns it off.
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
         observer: is told the phases of each step.
+
+    Raises:
+        InputError: an option that this model cannot be trained with.
     """
 
     def __init__(
@@ -47,8 +65,11 @@ class ChunkFT:
         order: Order | Literal["descending", "ascending", "random"] = Order.DESCENDING,
         switch_every: int = 1,
         states: Literal["keep", "reset"] = "keep",
+        state_dtype: StateDtype | Literal["fp32", "bf16"] = StateDtype.FP32,
+        master: Master | Literal["none", "fp32", "residual"] = Master.NONE,
+        optimizer: Optimizer | Literal["adamw", "lion", "sgd", "adagrad", "rmsprop"] = Optimizer.ADAMW,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         max_grad_norm: float | None = 1.0,
         loss: Literal["fused", "standard"] = "fused",
@@ -56,11 +77,19 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> None:
+        if loss == "fused":
+            check_fused_loss(model)
         self.model = model
         self.stream = ParameterStream(model)
         self.chunks = self.stream.partition(num_chunks)
         self.schedule = Schedule(num_chunks, Order(order), switch_every, seed)
-        self.optimizer = ChunkAdamW(AdamWConfig(weight_decay, *betas, eps, max_grad_norm, states))
+        rule = Optimizer(optimizer)
+        self.optimizer = ChunkOptimizer(
+            OptimizerConfig(
+                weight_decay, *(betas or DEFAULT_BETAS[rule]), eps, rule, max_grad_norm, states,
+                StateDtype(state_dtype), Master(master),
+            )  # fmt: skip
+        )
         self.num_updates = 0
         self.lr: Callable[[int], float] = lr if callable(lr) else lambda _: lr
         self.options = StepOptions(loss, activation_checkpointing)
@@ -87,12 +116,18 @@ class ChunkFT:
         """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
 
         Args:
-            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device.
-            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update. Default: of this one.
+            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. An ``attention_mask`` that
+                pads on the right may come along: causal attention never looks there.
+            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
+                Default: of this one.
 
         Returns:
             The detached loss, a scalar.
+
+        Raises:
+            InputError: the batch holds something else that would change the result.
         """
+        _check_batch(batch)
         labels = batch["labels"]
         if denominator is None:
             denominator = max(num_counted_tokens(labels), 1)
@@ -125,3 +160,12 @@ class ChunkFT:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _check_batch(batch: Mapping[str, Tensor]) -> None:
+    unknown = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
+    if unknown:
+        raise InputError(f"batch.{unknown[0]}", "is not used in training; give input_ids and labels")
+    mask = batch.get("attention_mask")
+    if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise InputError("batch.attention_mask", "must pad on the right; set the tokenizer's padding_side to 'right'")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.chunks import Chunk
-from engine.spec import TrainingSpec
+from engine.spec import ScheduleSpec, TrainingSpec
+from planner.overheads import host_threads
 from planner.segments import StepTrace
 from planner.structure import ChunkRoles, ModelStructure
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from planner.trace import ModelTracer
 
 _TRACED_CODE = {
-    "engine": ("checkpointing", "gradients", "loss", "models", "optimizer", "step", "stream"),
-    "planner": ("kernels", "overheads", "segments", "structure", "trace"),
+    "engine": ("checkpointing", "cut", "gradients", "loss", "models", "optimizer", "rounding", "rules", "step", "stream"),
+    "planner": ("kernels", "memory", "overheads", "segments", "structure", "trace", "update"),
 }
 
 
@@ -64,7 +65,8 @@ class TraceStore:
             include={"seq_len", "micro_batch_size", "precision", "activation_checkpointing", "loss", "attention"},
         )
         accumulates = self._training.gradient_accumulation_steps > 1
-        asked = json.dumps([self._config, training, accumulates, self._device_kind, code_digest()], sort_keys=True)
+        threads = host_threads() if self._device_kind == "cpu" else 0
+        asked = json.dumps([self._config, training, accumulates, self._device_kind, threads, code_digest()], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
     def _read(self) -> dict[str, Any]:
@@ -101,15 +103,17 @@ class TraceStore:
             self._steps[key] = trace
         return self._steps[key]
 
-    def update(self, numel: int, itemsize: int, policy: Literal["keep", "reset"], comes: bool, leaves: bool) -> StepTrace:
+    def update(self, numel: int, schedule: ScheduleSpec, comes: bool, leaves: bool) -> StepTrace:
         """The optimizer's update of a slice of ``numel`` elements."""
-        key = repr((numel, itemsize, policy, comes, leaves))
+        training = self._training
+        kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
+        key = repr((numel, training.optimizer.value, training.precision.value, kept, comes, leaves))
         if key not in self._steps:
             known = self._content["updates"].get(key)
             if known is None:
-                from planner.trace import trace_update
+                from planner.update import trace_update
 
-                trace = trace_update(numel, itemsize, policy, comes, leaves)
+                trace = trace_update(self._device_kind, numel, training, schedule, comes, leaves)
                 self._content["updates"][key] = trace.to_json()
                 self._is_changed = True
             else:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.chunks import Chunk, partition
-from engine.spec import ScheduleSpec, TrainingSpec
+from engine.errors import InputError
+from engine.spec import ScheduleSpec, TrainingSpec, state_sizes
 from planner.cache import TraceStore
 from planner.compose import SegmentSummary, summarise
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
@@ -16,9 +17,9 @@ from planner.timing import Rates, rates, transfer_seconds
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
 _STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other")
-MOMENT_BYTES = 4
-"""Per element of each of the two moments, fp32."""
 CUDA_GRANULARITY = 512
+MAX_PLANNED_CHUNKS = 4096
+"""Bounds the work of one plan; past a few hundred a chunk's own memory is small against everything else."""
 _ID_BYTES = 8
 
 
@@ -94,7 +95,9 @@ class Footprints:
         self._rates: Rates = rates(training.precision, gpu)
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
-        """The stream's partition; raises InputError when there are more chunks than rows."""
+        """The stream's partition; raises InputError when there are more chunks than rows, or more than can be planned."""
+        if num_chunks > MAX_PLANNED_CHUNKS:
+            raise InputError("training.schedule.num_chunks", f"at most {MAX_PLANNED_CHUNKS} chunks can be planned")
         return partition(self.structure.parameters, num_chunks)
 
     def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
@@ -111,7 +114,7 @@ class Footprints:
 
     def update_trace(self, numel: int, schedule: ScheduleSpec, update: Update) -> StepTrace:
         """The optimizer's work on one slice."""
-        return self.store.update(numel, self.training.precision.itemsize, schedule.states, update.comes, update.leaves)
+        return self.store.update(numel, schedule, update.comes, update.leaves)
 
     def resident(self) -> list[int]:
         """Live bytes by category between two steps."""
@@ -124,9 +127,9 @@ class Footprints:
         """Size of a block as the device's allocator counts it."""
         return -(-size_bytes // self.granularity) * self.granularity
 
-    def states_bytes(self, chunk: Chunk) -> int:
-        """Both moments of all slices of the chunk."""
-        return sum(2 * self.rounded(piece.numel * MOMENT_BYTES) for piece in chunk.slices)
+    def states_bytes(self, numel: int, schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps on the device for a slice of ``numel`` elements."""
+        return sum(self.rounded(numel * size) for size in state_sizes(self.training, schedule).device)
 
     def _moments(
         self, chunk: Chunk, summaries: Sequence[SegmentSummary], schedule: ScheduleSpec, update: Update
@@ -134,7 +137,7 @@ class Footprints:
         training = self.training
         live = self.resident()
         if not update.comes:
-            live[_STATES] += self.states_bytes(chunk)
+            live[_STATES] += sum(self.states_bytes(piece.numel, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1
         live[_OTHER] += 2 * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
@@ -147,18 +150,27 @@ class Footprints:
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
             seconds += self._seconds(summary.work) * summary.num_copies
         seconds *= training.gradient_accumulation_steps
-        for position, piece in enumerate(chunk.slices):
-            trace = self.update_trace(piece.numel, schedule, update)
-            (summary,) = (s for s in summarise(trace, (), (piece.numel,), 0, self.granularity) if s.phase == "optimizer")
+        updates = [self._update(piece.numel, schedule, update) for piece in chunk.slices]
+        if training.max_grad_norm is not None:
+            clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
+            moments.append(Moment("optimizer", "clip", seconds, max(clips, key=sum)))
+            seconds += sum(self._seconds(phases["clip"].work) for phases in updates)
+        for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
+            summary = phases["optimizer"]
             at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
             moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
             if update.leaves and not update.comes:
-                live[_STATES] -= 2 * self.rounded(piece.numel * MOMENT_BYTES)
+                live[_STATES] -= self.states_bytes(piece.numel, schedule)
             seconds += self._seconds(summary.work)
-            if schedule.states == "keep" and self.gpu.kind != "cpu":
-                seconds += (update.comes + update.leaves) * transfer_seconds(2 * piece.numel * MOMENT_BYTES, self.gpu)
+            at_home = sum(state_sizes(training, schedule).host)
+            if at_home and self.gpu.kind != "cpu":
+                seconds += (update.comes + update.leaves) * transfer_seconds(piece.numel * at_home, self.gpu)
         return moments, seconds
+
+    def _update(self, numel: int, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
+        trace = self.update_trace(numel, schedule, update)
+        return {summary.phase: summary for summary in summarise(trace, (), (numel,), 0, self.granularity)}
 
     def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
         return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)

@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from types import ModuleType
 from typing import Any
 
 import torch
-import transformers.masking_utils
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import masking_utils
+
+from planner.overheads import (
+    ONEDNN_SCRATCH_BYTES,
+    ONEDNN_TRANSPOSED_BYTES,
+    ONEDNN_TRANSPOSED_MAX_BYTES,
+    host_threads,
+)
 
 _aten = torch.ops.aten
+RNG_STATE_BYTES = 5056
+"""State of the CPU's random generator (torch.get_rng_state)."""
 
 
-def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype)
-    out = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+def _attention_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    if dropout > 0:
+        # The flash kernel knows no dropout: torch takes the product, softmax, product path.
+        out = _aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    else:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype)
+        out = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
     result: Tensor = out[0]
     return result
 
 
-def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def _attention_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+) -> Tensor:
     if query.dtype == torch.float32 or mask is not None:
         key, value = _expand_heads(query, key), _expand_heads(query, value)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype)
-        out = _aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, 0.0, is_causal, scale=scale)
+        out = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, dropout, is_causal, scale=scale
+        )
     else:
-        out = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+        out = _aten._scaled_dot_product_flash_attention(query, key, value, dropout, is_causal, False, scale=scale)
     result: Tensor = out[0]
     return result
 
@@ -39,11 +64,24 @@ def _expand_heads(query: Tensor, grouped: Tensor) -> Tensor:
     return grouped if repeats == 1 else grouped.repeat_interleave(repeats, dim=1)
 
 
-@contextmanager
-def traced_attention(device_kind: str) -> Iterator[None]:
-    """Send scaled-dot-product attention to the kernel that the device would pick.
+def _dropout_cuda(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """The fused kernel that CUDA has: a mask of one byte per element."""
+    if not training or p == 0.0:
+        return input
+    result: Tensor = _aten.native_dropout(input, p, True)[0]
+    return result
 
-    Also answers transformers' question whether position ids describe packed sequences, which reads values, with no: the engine passes none.
+
+def _rng_state() -> Tensor:
+    return torch.empty(RNG_STATE_BYTES, dtype=torch.uint8, device="meta")
+
+
+@contextmanager
+def traced_kernels(device_kind: str) -> Iterator[None]:
+    """Send attention and dropout to the kernels that the device would pick.
+
+    Also answers transformers' question whether position ids describe packed sequences, which reads values, with no:
+    the engine passes none.
     """
     kernel = _attention_cpu if device_kind == "cpu" else _attention_cuda
 
@@ -51,29 +89,105 @@ def traced_attention(device_kind: str) -> Iterator[None]:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        return kernel(query, key, value, attn_mask, is_causal, scale)
+        return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
-    original, packed = F.scaled_dot_product_attention, transformers.masking_utils.find_packed_sequence_indices
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    transformers.masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda *args, **kwargs: None))
+        if device_kind == "cpu":
+            # Activation checkpointing keeps the generator's state for every layer, in the memory that is planned here.
+            stack.enter_context(_replaced(torch, "get_rng_state", _rng_state))
+            stack.enter_context(_replaced(torch, "set_rng_state", lambda state: None))
+        else:
+            stack.enter_context(_replaced(F, "dropout", _dropout_cuda))
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
-        transformers.masking_utils.find_packed_sequence_indices = packed
+        setattr(module, name, original)
 
 
-def kernel_scratch_bytes(func: Any, args: Any, device_kind: str) -> int:
-    """Bytes that a kernel takes from the allocator and gives back before it returns; 0 for nearly all."""
+def kernel_scratch_bytes(func: Any, args: Any, out: Any, device_kind: str) -> int:
+    """Bytes that a kernel takes from the allocator and gives back before it returns; 0 for most."""
     packet = func.overloadpacket
     if device_kind == "cpu":
-        if packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            # The kernel makes the incoming gradient contiguous.
-            upstream: Tensor = args[0]
-            return 0 if upstream.is_contiguous() else upstream.numel() * upstream.element_size()
-        return 0
+        scratch = _CPU_SCRATCH.get(packet)
+        if scratch is not None:
+            return scratch(args, out)
+        return _promotion_bytes(args, out) if torch.Tag.pointwise in func.tags else 0
     if packet is _aten._scaled_dot_product_flash_attention_backward:
         # FlashAttention-2 accumulates dQ in fp32.
         query: Tensor = args[1]
         return query.numel() * 4
     return 0
+
+
+def _promotion_bytes(args: Any, out: Any) -> int:
+    """Copies in the common data type: on the CPU, element-wise kernels take operands of one type only."""
+    if not isinstance(out, Tensor):
+        return 0
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
+    if len({tensor.dtype for tensor in tensors}) < 2:
+        return 0
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return sum(tensor.numel() * common.itemsize for tensor in tensors if tensor.dtype != common)
+
+
+def _attention_splits(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """Rows of queries and of keys in one block of the CPU's flash attention (FlashAttentionKernel.cpp)."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    rows = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
+    return min(rows, num_queries), min(512, num_keys)
+
+
+def _flash_forward_cpu(args: Any, out: Any) -> int:
+    query, key = args[0], args[1]
+    rows, columns = _attention_splits(query, key)
+    scores = rows * columns
+    reduced = 0 if query.dtype == torch.float32 else scores * query.element_size()
+    accumulators: int = 4 * (scores + 2 * rows + rows * query.shape[3])
+    return host_threads() * (accumulators + reduced)
+
+
+def _flash_backward_cpu(args: Any, out: Any) -> int:
+    upstream, query, key = args[0], args[1], args[2]
+    rows, columns = _attention_splits(query, key)
+    reduced = 0 if query.dtype == torch.float32 else query.element_size()
+    contiguous = 0 if upstream.is_contiguous() else upstream.numel() * upstream.element_size()
+    products = 0 if query.dtype == torch.float32 else ONEDNN_SCRATCH_BYTES
+    blocks = 2 * rows * columns * (4 + reduced) + products
+    return int(contiguous + 4 * rows + host_threads() * blocks)
+
+
+def _product_cpu(args: Any, out: Any) -> int:
+    """oneDNN's buffers for a bf16 product; fp32 goes to MKL, which takes none from the allocator."""
+    left, right = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() >= 2][-2:]
+    if left.dtype == torch.float32:
+        return 0
+    inner = right.shape[-2]
+    is_transposed = left.stride(-1) != 1
+    size_bytes = min(ONEDNN_TRANSPOSED_BYTES * inner, ONEDNN_TRANSPOSED_MAX_BYTES) if is_transposed else 0
+    return host_threads() * max(size_bytes, ONEDNN_SCRATCH_BYTES)
+
+
+def _norm_cpu(args: Any, out: Any) -> int:
+    """The CPU casts the whole input to the type of the norm."""
+    source: Tensor = args[0]
+    return 0 if source.dtype == out.dtype else source.numel() * out.element_size()
+
+
+_CPU_SCRATCH: dict[Any, Callable[[Any, Any], int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward_cpu,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_cpu,
+    _aten.mm: _product_cpu,
+    _aten.addmm: _product_cpu,
+    _aten.bmm: _product_cpu,
+    _aten.baddbmm: _product_cpu,
+    _aten.linalg_vector_norm: _norm_cpu,
+}

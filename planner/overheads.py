@@ -1,10 +1,11 @@
 """What no trace shows, in one table: context, library workspaces, kernel scratch, the process itself.
 
-Every row says where its number comes from; ``GpuSpec.context_bytes`` overrides the context. Bytes. Pure: no I/O.
+Every row says where its number comes from; ``GpuSpec.context_bytes`` overrides the context. Bytes. No I/O.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from planner.spec import GpuSpec
@@ -15,6 +16,21 @@ DEFAULT_CUDA_VERSION = "13.0"
 """CUDA version of the torch 2.13 wheels from PyPI."""
 NUM_CUBLAS_WORKSPACES = 2
 """One per thread and stream that multiplies: the main thread (forward) and autograd's (backward, recomputation)."""
+
+ONEDNN_SCRATCH_BYTES = 193 * 1024
+"""Buffers of one bf16 product on the CPU, per thread. Measured: the largest of 12 products in [128, 49152], AVX-512, torch 2.13."""
+ONEDNN_TRANSPOSED_BYTES = 914
+"""The same when the left matrix is transposed (a weight's gradient): per element of the inner dimension. Measured: the largest of 6."""
+ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
+"""Where that stops to grow. Measured at inner dimensions 1024 and 2048."""
+
+
+def host_threads() -> int:
+    """Threads that torch computes with on this host's CPU."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ import json
 from dataclasses import dataclass
 
 from engine.chunks import Chunk
+from engine.errors import InputError
 from engine.schedule import Schedule
-from engine.spec import ScheduleSpec, TrainingSpec
+from engine.spec import ScheduleSpec, TrainingSpec, state_sizes
 from planner.cache import TraceStore, code_digest
 from planner.catalog import ModelEntry, find_gpu, find_model
-from planner.footprint import MOMENT_BYTES, ChunkFootprint, Footprints, Moment
+from planner.footprint import ChunkFootprint, Footprints, Moment
 from planner.overheads import Overheads, overheads
 from planner.replay import reserved_bytes
 from planner.segments import CATEGORIES
@@ -19,6 +20,7 @@ from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, 
 
 PLANNER_VERSION = "1"
 _MIB = 2**20
+MAX_MICRO_BATCH_TOKENS = 2**20
 CUDA_MARGIN = 0.03
 """Share of everything but the weights that a bound on CUDA adds: kernels' scratch is tabulated, not yet measured per device."""
 CUDA_MARGIN_BYTES = 96 * _MIB
@@ -46,6 +48,7 @@ class Planner:
     """Evaluates schedules of one request's model, device and training spec."""
 
     def __init__(self, request: PlanRequest) -> None:
+        _check_work(request.training)
         self.request = request
         self.model: ModelEntry = find_model(request.model)
         self.gpu: GpuSpec = find_gpu(request.gpu)
@@ -79,9 +82,8 @@ class Planner:
         categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
         breakdown = Breakdown(**categories)
         allocated = breakdown.total_bytes
-        slabs = 0
-        if schedule.states == "keep":
-            slabs = 2 * MOMENT_BYTES * footprints.structure.num_parameters
+        kept = sum(state_sizes(footprints.training, schedule).host)
+        slabs = kept * footprints.structure.num_parameters
         if self.gpu.kind == "cpu":
             reserved = allocated
             device = host = allocated + slabs + extra.runtime_bytes
@@ -112,6 +114,13 @@ class Planner:
             return structure.parameter_bytes + extra.runtime_bytes + CPU_MARGIN_BYTES
         workspaces = extra.workspace_bytes * extra.num_workspaces
         return structure.parameter_bytes + workspaces + extra.context_bytes + CUDA_MARGIN_BYTES
+
+
+def _check_work(training: TrainingSpec) -> None:
+    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes through it block by block."""
+    if training.seq_len * training.micro_batch_size > MAX_MICRO_BATCH_TOKENS:
+        field = "seq_len" if training.seq_len > MAX_MICRO_BATCH_TOKENS else "micro_batch_size"
+        raise InputError(f"training.{field}", f"a micro-batch may hold at most {MAX_MICRO_BATCH_TOKENS} tokens")
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -148,7 +157,8 @@ def timeline(request: PlanRequest) -> Timeline:
     planner = Planner(request)
     chosen = choose(planner)
     workspaces = planner.overheads.workspace_bytes * planner.overheads.num_workspaces
-    points, begin = [], 0.0
+    points: list[TimelinePoint] = []
+    begin = 0.0
     for index in Schedule(len(chosen.chunks), chosen.schedule.order, 1).cycle_order(0):
         footprint = chosen.chunks[index]
         points.extend(_point(footprint.chunk, moment, begin, workspaces) for moment in footprint.moments)

@@ -56,21 +56,20 @@ class _Replay:
         accumulates = self._footprints.training.gradient_accumulation_steps > 1
         if accumulates:
             gradients = {i: self._malloc(numel * itemsize) for i, numel in enumerate(numels)}
-        offset, live = self._next, set[int]()
+        offset, live = self._next, dict[int, int]()
         for segment in compose(footprint.trace, footprint.runs, numels, itemsize):
             for number, size_bytes, ordinal in segment.events:
                 block = offset + number
                 if size_bytes < 0:
                     self._allocator.free(block)
-                    live.discard(block)
+                    del live[block]
                     continue
                 self._allocator.malloc(block, size_bytes)
-                live.add(block)
+                live[block] = ordinal
                 self._next = max(self._next, block + 1)
-                if ordinal >= 0:
-                    gradients[ordinal] = block
+        gradients |= {ordinal: block for block, ordinal in live.items() if ordinal >= 0}
         states = self._optimizer(numels, update, gradients, states)
-        for block in live - set(gradients.values()):
+        for block in live.keys() - gradients.values():
             self._allocator.free(block)
         return states
 

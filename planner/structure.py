@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.chunks import Chunk, ParameterInfo
+from engine.chunks import Chunk, ParameterInfo, Slice
 from engine.spec import CheckpointedLayers, TrainingSpec
 
 
@@ -22,6 +22,10 @@ class ModelStructure:
     buffer_bytes: int
     before_layers: tuple[bool, ...]
     """For parameters outside the layers: true when the gradient reaches them through the layers (embeddings)."""
+    head: int
+    """Index of the output projection; −1 when there is none."""
+    loss_rows: int
+    """Rows of the head whose logits the fused loss holds at once for their gradient; 0: the loss does not work by rows."""
 
     @property
     def num_layers(self) -> int:
@@ -46,6 +50,8 @@ class ModelStructure:
             "signatures": self.signatures,
             "buffer_bytes": self.buffer_bytes,
             "before_layers": self.before_layers,
+            "head": self.head,
+            "loss_rows": self.loss_rows,
         }
 
     @staticmethod
@@ -57,6 +63,8 @@ class ModelStructure:
             tuple(value["signatures"]),
             value["buffer_bytes"],
             tuple(value["before_layers"]),
+            value["head"],
+            value["loss_rows"],
         )
 
 
@@ -65,7 +73,8 @@ class ChunkRoles:
     """What every layer does in a step of one chunk, and which parameters outside the layers are active."""
 
     layers: tuple[Hashable, ...]
-    outside: tuple[tuple[int, bool], ...]
+    outside: tuple[tuple[int, int], ...]
+    """Index in the stream, and what the trace depends on besides: see :func:`_cut_kind`."""
 
     @property
     def key(self) -> str:
@@ -79,7 +88,7 @@ class ChunkRoles:
 def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec) -> ChunkRoles:
     """Roles of all layers while ``chunk`` is active: below it no gradient, the lowest with gradient, and those above."""
     active: dict[int, list[tuple[int, bool]]] = {}
-    outside = []
+    outside: list[tuple[int, int]] = []
     first_of_layer: dict[int, int] = {}
     for index, layer in enumerate(structure.layer_of):
         first_of_layer.setdefault(layer, index)
@@ -87,7 +96,7 @@ def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec)
         layer = structure.layer_of[piece.index]
         is_cut = piece.numel != structure.parameters[piece.index].numel
         if layer < 0:
-            outside.append((piece.index, is_cut))
+            outside.append((piece.index, _cut_kind(structure, piece)))
         else:
             active.setdefault(layer, []).append((piece.index - first_of_layer[layer], is_cut))
     reaches_bottom = any(structure.before_layers[index] for index, _ in outside)
@@ -102,3 +111,19 @@ def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec)
         position = (layer > lowest) - (layer < lowest)
         roles.append((structure.signatures[layer], position, is_checkpointed, tuple(active.get(layer, ()))))
     return ChunkRoles(tuple(roles), tuple(outside))
+
+
+def _cut_kind(structure: ModelStructure, piece: Slice) -> int:
+    """0 for a whole parameter; −1 for a cut one when only its gradient's size follows the cut; else the rows that decide.
+
+    The fused loss holds temporaries as large as the head's active rows, up to a limit; a head tied to the embedding has two gradients.
+    """
+    info = structure.parameters[piece.index]
+    if piece.numel == info.numel:
+        return 0
+    rows = piece.numel // info.row_numel
+    if piece.index != structure.head:
+        return -1
+    if structure.before_layers[piece.index]:
+        return rows
+    return min(rows, structure.loss_rows) or -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import structlog
 from anyio import to_thread
@@ -43,7 +43,7 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
     services = build_services(settings, planner, clock)
     app = FastAPI(
         title="chunkplan",
-        version=version("chunkplan"),
+        version=_version(),
         summary="Which full-parameter fine-tuning run fits this model on this GPU, how fast, and with what memory.",
         lifespan=_lifespan,
         responses={"default": {"model": ProblemView, "content": {MEDIA_TYPE: {}}}},
@@ -69,6 +69,13 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
     )
     app.add_middleware(RequestContext, metrics=services.metrics)
     return app
+
+
+def _version() -> str:
+    try:
+        return version("chunkplan")
+    except PackageNotFoundError:
+        return "checkout"
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 
 from engine.errors import InputError
 from engine.spec import validation_field
@@ -173,9 +174,18 @@ def _http_error(request: Request, error: Exception) -> Response:
     detail = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
         detail = f"there is nothing at {request.url.path}"
-    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_allowed_methods(request))
         detail = f"{request.method} is not allowed at {request.url.path}"
-    return problem_response(request, error.status_code, code, detail, headers=error.headers)
+    return problem_response(request, error.status_code, code, detail, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Every method that the API documents for the request's path."""
+    documented = request.app.openapi()["paths"]
+    matching = [methods for path, methods in documented.items() if compile_path(path)[0].match(request.url.path)]
+    return sorted({method.upper() for methods in matching for method in methods})
 
 
 def _unexpected(request: Request, error: Exception) -> Response:

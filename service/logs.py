@@ -23,9 +23,11 @@ def configure_logging(log_format: str) -> None:
         cache_logger_on_first_use=True,
     )
     last: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [_json_tracebacks(), structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     )
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -37,5 +39,10 @@ def configure_logging(log_format: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
-    for name in ("alembic", "uvicorn.access", "httpx"):
+    for name in ("alembic", "uvicorn.access", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _json_tracebacks() -> structlog.typing.Processor:
+    """Tracebacks without the values of local variables: those may be secrets."""
+    return structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))

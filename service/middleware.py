@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from http import HTTPStatus
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,7 +19,7 @@ from service.operation.metrics import Metrics
 log = structlog.get_logger(__name__)
 
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET = {"/healthz", "/readyz", "/metrics"}
+_READING = {"GET", "HEAD"}
 
 
 class RequestContext:
@@ -54,11 +55,12 @@ class RequestContext:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.requests.labels(method, route, status).inc()
         self._metrics.request_seconds.labels(method, route).observe(seconds)
-        if route not in _QUIET:
-            log.info("request", method=method, path=scope["path"], status=status, milliseconds=round(seconds * 1e3, 1))
+        is_routine = status < HTTPStatus.BAD_REQUEST and method in _READING
+        write = log.debug if is_routine else log.info
+        write("request", method=method, path=scope["path"], status=status, milliseconds=round(seconds * 1e3, 1))
 
 
-_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_METHODS = {*_READING, "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 class BodyLimit:

@@ -33,7 +33,7 @@ class DashboardRepository:
             .join(PlanRow, PlanRow.id == JobRow.plan_id)
             .where(AttemptRow.ended_at.is_(None), AttemptRow.owner == owner)
         )
-        return {device: (job_id, upper) for device, job_id, upper in self._session.execute(statement).tuples()}
+        return {device: (job_id, upper) for device, job_id, upper in self._session.execute(statement)}
 
     def accuracy(self) -> list[AccuracyRow]:
         """Errors by model and device kind, of profiles that were compared."""
@@ -55,7 +55,7 @@ class DashboardRepository:
         names = list(AccuracyRow.model_fields)[2:]
         return [
             AccuracyRow(id=f"{values[0]}@{values[1]}", **dict(zip(names, values, strict=True)))
-            for values in self._session.execute(statement).tuples()
+            for values in self._session.execute(statement)
         ]
 
     def usage(self, since: datetime) -> list[UsageRow]:
@@ -77,5 +77,5 @@ class DashboardRepository:
             UsageRow(
                 id=str(on), day=on, num_jobs=jobs, num_steps=steps, num_tokens=int(tokens), train_seconds=seconds or 0.0
             )
-            for on, jobs, steps, tokens, seconds in self._session.execute(statement).tuples()
+            for on, jobs, steps, tokens, seconds in self._session.execute(statement)
         ]

@@ -66,11 +66,11 @@ class JobRepository:
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """The states of some jobs."""
         statement = select(JobRow.id, JobRow.state).where(JobRow.id.in_(job_ids))
-        return dict(self._session.execute(statement).tuples().all())
+        return dict(self._session.execute(statement).all())
 
     def count_by_state(self) -> dict[JobState, int]:
         """How many jobs are in each state; states without a job count 0."""
-        counted = dict(self._session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all())
+        counted = dict(self._session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).all())
         return {state: counted.get(state, 0) for state in JobState}
 
     def active(self) -> list[JobRow]:
@@ -129,7 +129,7 @@ class JobRepository:
     def profile_ids(self, job_ids: Sequence[str]) -> dict[str, str]:
         """Profile id by job id, of those that have one."""
         statement = select(ProfileRow.job_id, ProfileRow.id).where(ProfileRow.job_id.in_(job_ids))
-        return dict(self._session.execute(statement).tuples().all())
+        return dict(self._session.execute(statement).all())
 
     @staticmethod
     def _found(job: JobRow | None, job_id: str) -> JobRow:

@@ -76,7 +76,7 @@ class ProfileRepository:
             .where(SampleRow.job_id == job_id)
             .group_by(SampleRow.chunk_index, SampleRow.phase)
         )
-        return [PhasePeak(*values) for values in self._session.execute(statement).tuples()]
+        return [PhasePeak(*values) for values in self._session.execute(statement)]
 
     def mean_step_seconds(self, job_id: str) -> float | None:
         """Mean time of one update."""

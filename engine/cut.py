@@ -1,0 +1,213 @@
+"""Parameters of which only some rows have gradients.
+
+A cut parameter gets the class :class:`CutParameter` while its chunk is active; nothing else about the instance changes.
+The class's ``__torch_function__`` routes linear, embedding and addmm to functions that compute the gradient of the
+active rows only. Any other operation sees an alias whose dense gradient is sliced on arrival: always right, at the
+price of one dense gradient for a moment.
+
+Source: ChunkFT, arXiv 2605.21177, section on sub-tensor gradients; the class swap is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Active rows [start, stop) of a cut parameter, the leaf for their gradient, the dense weight as a plain tensor."""
+
+    leaf: Tensor
+    weight: Tensor
+    start: int
+    stop: int
+
+
+class CutParameter(nn.Parameter):
+    """A parameter of which only some rows are active; see the module's docstring."""
+
+    rows: RowRange
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Route ``func`` to its sliced version, or give it an alias of the weight."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled() and not _is_metadata(func):
+                sliced = _SLICED.get(func)
+                result = sliced(*args, **kwargs) if sliced else None
+                if result is not None:
+                    return result
+                args, kwargs = tree_map(_alias, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+_DIFFERENTIABLE_GETTERS = {vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH")}
+_METADATA_METHODS = {
+    "requires_grad_", "detach", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "untyped_storage",
+    "element_size", "register_hook", "is_floating_point", "is_complex", "__hash__", "__repr__", "__deepcopy__",
+    "__reduce_ex__", "__len__",
+}  # fmt: skip
+
+
+def _is_metadata(func: Callable[..., Any]) -> bool:
+    """True for attribute reads and methods that no gradient flows through."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return func not in _DIFFERENTIABLE_GETTERS
+    return name in _METADATA_METHODS
+
+
+class _SliceOfDense(torch.autograd.Function):
+    """Identity on the weight; its dense gradient is cut to the active rows as soon as it arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+        ctx.range = (start, stop)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        start, stop = ctx.range
+        return gradient[start:stop].reshape(-1).clone(), None, None, None
+
+
+def _alias(value: Any) -> Any:
+    if not isinstance(value, CutParameter):
+        return value
+    rows = value.rows
+    return _SliceOfDense.apply(rows.leaf, rows.weight, rows.start, rows.stop)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the data type that autocast gives to matrix products, or unchanged outside autocast."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+class _SlicedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b with dW for rows [start, stop) only: dY[:, start:stop]ᵀ x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        ctx.range = (start, stop)
+        ctx.leaf_dtype = leaf.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        start, stop = ctx.range
+        dx = dy.matmul(weight) if ctx.needs_input_grad[0] else None
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        dw = dy_rows[:, start:stop].t().mm(x.reshape(-1, x.shape[-1])).to(ctx.leaf_dtype)
+        db = dy_rows.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, dw.view(-1), None, db, None, None
+
+
+class _SlicedAddmm(torch.autograd.Function):
+    """y = b + x W (Conv1D of GPT-2) with dW for rows [start, stop) only: x[:, start:stop]ᵀ dY."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor, start: int, stop: int) -> Tensor:
+        ctx.save_for_backward(x[:, start:stop], weight if ctx.needs_input_grad[0] else None)
+        ctx.leaf_dtype = leaf.dtype
+        return torch.addmm(bias, x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None, None, None]:
+        x_columns, weight = ctx.saved_tensors
+        dx = dy.mm(weight.t()) if ctx.needs_input_grad[0] else None
+        dw = x_columns.t().mm(dy).to(ctx.leaf_dtype)
+        db = dy.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, dw.view(-1), None, db, None, None
+
+
+class _SlicedEmbedding(torch.autograd.Function):
+    """Look-up whose gradient is scattered into rows [start, stop) only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: Tensor, weight: Tensor, ids: Tensor, padding_idx: int | None, start: int, stop: int
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.range = (start, stop, padding_idx)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (ids,) = ctx.saved_tensors
+        start, stop, padding_idx = ctx.range
+        num_rows = stop - start
+        outside = (ids < start) | (ids >= stop)
+        if padding_idx is not None:
+            outside |= ids == padding_idx
+        # The kernel skips its padding index: rows outside the range go there, to one row that is cut off again.
+        local = (ids - start).masked_fill_(outside, num_rows)
+        dw = torch.ops.aten.embedding_dense_backward(dy, local, num_rows + 1, num_rows, False)
+        return dw[:num_rows].view(-1), None, None, None, None, None
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    if not isinstance(weight, CutParameter) or isinstance(x, CutParameter):
+        return None
+    rows = weight.rows
+    x, dense, bias = _autocast(x, rows.weight, bias)  # type: ignore[assignment]
+    return _SlicedLinear.apply(x, rows.leaf, dense, bias, rows.start, rows.stop)
+
+
+def _addmm(
+    bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+) -> Tensor | None:
+    is_conv1d = (
+        isinstance(weight, CutParameter) and not isinstance(x, CutParameter) and not isinstance(bias, CutParameter)
+    )
+    if not is_conv1d or beta != 1 or alpha != 1 or out is not None or bias.dim() != 1:
+        return None
+    rows = weight.rows
+    x, dense, bias = _autocast(x, rows.weight, bias)
+    return _SlicedAddmm.apply(x, rows.leaf, dense, bias, rows.start, rows.stop)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    rows = weight.rows
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += rows.weight.shape[0]
+    return _SlicedEmbedding.apply(rows.leaf, rows.weight, input, padding_idx, rows.start, rows.stop)
+
+
+_SLICED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    torch.addmm: _addmm,
+}

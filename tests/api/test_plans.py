@@ -1,0 +1,94 @@
+"""Plans over HTTP: computed by the real planner, stored once, never changed."""
+
+import pytest
+
+from tests.conftest import TINY_MODEL
+
+REQUEST = {"model": TINY_MODEL, "gpu": "rtx-4090", "training": {"seq_len": 128, "schedule": {"num_chunks": 8}}}
+
+
+def test_a_plan_is_201_when_new_and_200_when_known(client):
+    first = client.post("/v1/plans", json=REQUEST)
+    assert first.status_code == 201
+    plan = first.json()
+    assert plan["id"].startswith("plan_")
+    assert first.headers["location"] == f"/v1/plans/{plan['id']}"
+    assert plan["fits"]
+    assert sum(plan["peak"]["breakdown"].values()) == plan["peak"]["allocated_bytes"]
+    assert [chunk["index"] for chunk in plan["chunks"]] == list(range(8))
+    again = client.post("/v1/plans", json=REQUEST | {"gpu_count": 1})
+    assert again.status_code == 200
+    assert again.json() == plan
+    assert client.get(f"/v1/plans/{plan['id']}").json() == plan
+    assert [row["id"] for row in client.get("/v1/plans").json()["data"]] == [plan["id"]]
+
+
+def test_a_plan_has_its_id_as_etag(client):
+    plan_id = client.post("/v1/plans", json=REQUEST).json()["id"]
+    first = client.get(f"/v1/plans/{plan_id}")
+    assert first.headers["etag"] == f'"{plan_id}"'
+    again = client.get(f"/v1/plans/{plan_id}", headers={"If-None-Match": first.headers["etag"]})
+    assert again.status_code == 304
+    assert again.content == b""
+
+
+def test_a_timeline_reaches_the_peak_of_its_plan(client):
+    plan = client.post("/v1/plans", json=REQUEST).json()
+    timeline = client.get(f"/v1/plans/{plan['id']}/timeline").json()
+    assert timeline["plan_id"] == plan["id"]
+    points = timeline["points"]
+    assert max(point["allocated_bytes"] for point in points) == plan["peak"]["allocated_bytes"]
+    assert {point["chunk_index"] for point in points} == set(range(8))
+    assert [point["seconds"] for point in points] == sorted(point["seconds"] for point in points)
+
+
+def test_comparing_gives_a_plan_for_every_device_and_method(client):
+    body = {"model": TINY_MODEL, "gpus": ["rtx-4090", "rtx-3060-12gb"], "methods": ["chunkft", "full"]}
+    body["training"] = {"seq_len": 128, "schedule": {"num_chunks": 8}}
+    answer = client.post("/v1/plans/compare", json=body)
+    assert answer.status_code == 200
+    rows = answer.json()["data"]
+    assert [(row["gpu"], row["method"]) for row in rows] == [
+        ("rtx-4090", "chunkft"),
+        ("rtx-4090", "full"),
+        ("rtx-3060-12gb", "chunkft"),
+        ("rtx-3060-12gb", "full"),
+    ]
+    assert rows[0]["allocated_bytes"] < rows[1]["allocated_bytes"]
+    assert client.get(f"/v1/plans/{rows[3]['id']}").json()["request"]["training"]["schedule"]["num_chunks"] == 1
+
+
+def test_what_does_not_fit_is_still_a_plan_and_names_alternatives(client):
+    plan = client.post("/v1/plans", json=REQUEST | {"memory_limit_bytes": 2**20}).json()
+    assert not plan["fits"]
+    assert plan["capacity_bytes"] == 2**20
+    assert plan["alternatives"][0]["why"]
+
+
+def test_plans_are_paged_newest_first(client, clock):
+    ids = []
+    for num_chunks in (1, 2, 3, 4, 5):
+        clock.advance(seconds=1)
+        body = REQUEST | {"training": {"seq_len": 128, "schedule": {"num_chunks": num_chunks}}}
+        ids.append(client.post("/v1/plans", json=body).json()["id"])
+    first = client.get("/v1/plans", params={"limit": 2}).json()
+    assert [row["id"] for row in first["data"]] == ids[:2:-1]
+    assert first["has_more"]
+    second = client.get("/v1/plans", params={"limit": 3, "after": first["last_id"]}).json()
+    assert [row["id"] for row in second["data"]] == ids[2::-1]
+    assert not second["has_more"]
+    assert client.get("/v1/plans", params={"model": "gpt2"}).json()["data"] == []
+
+
+@pytest.mark.parametrize("path", ["/v1/plans/plan_missing", "/v1/plans/%00", "/v1/plans/plan_missing/timeline"])
+def test_an_unknown_plan_is_404(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["code"] == "not_found"
+
+
+def test_a_local_config_can_be_planned_by_path(client, models_dir):
+    body = REQUEST | {"model": {"path": str(models_dir / TINY_MODEL)}}
+    plan = client.post("/v1/plans", json=body).json()
+    assert plan["model"]["name"] == TINY_MODEL
+    assert plan["model"]["num_layers"] == 4

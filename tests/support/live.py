@@ -1,0 +1,113 @@
+"""A real server in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.support.waiting import wait_for
+
+TRAINING = {
+    "seq_len": 64,
+    "micro_batch_size": 2,
+    "precision": "fp32",
+    "learning_rate": 1e-3,
+    "schedule": {"num_chunks": 4},
+}
+
+
+class LiveServer:
+    """``python -m service.serve`` on a free port."""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        self._log = log
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHUNKPLAN_")}
+        environment = inherited | {"CHUNKPLAN_PORT": str(port), "OMP_NUM_THREADS": "1"} | environment
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "service.serve"], env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=150)
+
+    def wait_until_ready(self) -> None:
+        """Returns when the server answers that it is ready."""
+        wait_for(self._is_ready, "the server to be ready")
+
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
+    def trainers(self) -> list[psutil.Process]:
+        """The trainers that this server has started and that still run."""
+        children = psutil.Process(self._process.pid).children()
+        return [child for child in children if "engine.worker" in child.cmdline()]
+
+    def kill(self) -> None:
+        """What kill -9 does."""
+        self._process.kill()
+        self._process.wait()
+        self.http.close()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait(timeout=90)
+        self.http.close()
+        return code
+
+    def close(self) -> None:
+        """Stops the server if it still runs, as it should be."""
+        if self._process.poll() is None:
+            code = self.stop()
+            assert code in {0, -signal.SIGTERM}, self._log.read_text()
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """The JSON answer of a GET."""
+        response = self.http.get(path, params=parameters)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The JSON answer of a POST that succeeds."""
+        response = self.http.post(path, json=body)
+        assert response.status_code < 300, response.text
+        return response.json()
+
+    def wait_for_state(self, job_id: str, *states: str, seconds: float = 90) -> dict[str, Any]:
+        """The job, once it is in one of the states."""
+
+        def probe() -> dict[str, Any] | None:
+            job = self.get(f"/v1/jobs/{job_id}")
+            assert job["state"] in states or job["state"] not in {"succeeded", "failed", "cancelled", "rejected"}, job
+            return job if job["state"] in states else None
+
+        return wait_for(probe, f"job {job_id} to be {' or '.join(states)}", seconds)
+
+    def wait_for_events(self, job_id: str, kind: str, count: int = 1) -> list[dict[str, Any]]:
+        """The job's events of one type, once there are enough."""
+
+        def probe() -> list[dict[str, Any]] | None:
+            events = self.get(f"/v1/jobs/{job_id}/events", limit=1000)["data"]
+            found = [event for event in events if event["type"] == kind]
+            return found if len(found) >= count else None
+
+        return wait_for(probe, f"{count} {kind} events of job {job_id}", 90)
+
+    def _is_ready(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            return self.http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
