@@ -19,11 +19,12 @@ _WORKSPACE = CATEGORIES.index("workspace")
 def trace_update(
     device_kind: str, numel: int, itemsize: int, policy: Literal["keep", "reset"], comes: bool, leaves: bool
 ) -> StepTrace:
-    """The engine's update of one slice. Block 0 is its gradient; the phases ``clip`` and ``optimizer`` follow its birth.
+    """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and ``optimizer``.
 
     Args:
         device_kind: decides which kernels run.
-        numel, itemsize: elements of the slice and bytes per element of its weights.
+        numel: elements of the slice.
+        itemsize: bytes per element of its weights.
         policy: for the states.
         comes: the states come to the device with this update.
         leaves: they leave with it.
