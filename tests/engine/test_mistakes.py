@@ -12,7 +12,7 @@ from tests.engine.families import FAMILIES, dense_gradients, own_loss, relative_
 
 
 def test_mistake_01_the_gradient_of_rmsnorm_is_rmsnorms():
-    model = tiny_model("llama").double()
+    model = tiny_model("llama")
     stream = ParameterStream(model)
     index = stream.names.index("model.norm.weight")
     chunk = next(c for c in stream.partition(16) if any(s.index == index for s in c.slices))
@@ -20,7 +20,7 @@ def test_mistake_01_the_gradient_of_rmsnorm_is_rmsnorms():
         own_loss(model).backward()
         norm = next(s for s in active if s.name == "model.norm.weight")
         gradient = norm.tensor.grad.clone()
-    step = 1e-6
+    step = 1e-2  # the model computes its loss in fp32; the mistake was 6 to 126 %
     for element in range(4):
         losses = []
         for sign in (1, -1):
@@ -28,7 +28,7 @@ def test_mistake_01_the_gradient_of_rmsnorm_is_rmsnorms():
                 norm.parameter[element] += sign * step
                 losses.append(float(own_loss(model)))
                 norm.parameter[element] -= sign * step
-        assert float(gradient[element]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5)
+        assert float(gradient[element]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.01)
 
 
 def test_mistake_02_frozen_layers_keep_no_inputs_and_get_no_weight_gradient():
@@ -44,19 +44,16 @@ def test_mistake_02_frozen_layers_keep_no_inputs_and_get_no_weight_gradient():
 
 
 def test_mistake_04_every_chunk_of_a_tensor_has_its_own_step_count():
-    layer = nn.Embedding(64, 8)
     model = tiny_model("llama-tied")
-    model.set_input_embeddings(layer)
-    model.lm_head.weight = layer.weight
-    before = layer.weight.detach().clone()
-    with ChunkFT(model, num_chunks=32, lr=1e-3, order="ascending", max_grad_norm=None, loss="standard") as tuner:
-        ids = torch.arange(64)[None, :31]
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    with ChunkFT(model, num_chunks=32, lr=1e-3, order="ascending", max_grad_norm=None) as tuner:
         for _ in range(3):  # the first three chunks are slices of the embedding
             start, stop = tuner.active[0].start, tuner.active[0].stop
-            assert stop - start < layer.weight.numel()
-            tuner.backward({"input_ids": ids, "labels": ids})
+            assert stop - start < weight.numel()
+            tuner.backward(tiny_batch())
             tuner.step()
-            moved = (layer.weight.detach() - before).flatten()[start:stop].abs()
+            moved = (weight.detach() - before).flatten()[start:stop].abs()
             assert float(moved[moved > 0].median()) == pytest.approx(1e-3, rel=1e-2)
 
 
