@@ -1,4 +1,4 @@
-"""Traces on disk, by content: the same architecture, spec and code are traced once. Imports torch only when something must be traced.
+"""Traces on disk, by content: the same architecture, spec and code are traced once. Imports torch only to trace.
 
 The folder is ``CHUNKPLAN_CACHE_DIR``, by default ``~/.cache/chunkplan``. Every file can be deleted at any time.
 """
@@ -66,7 +66,9 @@ class TraceStore:
         )
         accumulates = self._training.gradient_accumulation_steps > 1
         threads = host_threads() if self._device_kind == "cpu" else 0
-        asked = json.dumps([self._config, training, accumulates, self._device_kind, threads, code_digest()], sort_keys=True)
+        asked = json.dumps(
+            [self._config, training, accumulates, self._device_kind, threads, code_digest()], sort_keys=True
+        )
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
     def _read(self) -> dict[str, Any]:

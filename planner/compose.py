@@ -1,7 +1,8 @@
 """From traced blocks to the footprint of a whole step: repeats the layers that stand for many, and sums up. Pure.
 
-A repeated layer refers to its neighbours' memory (it frees its predecessor's output, say). In the trace such a reference names a block by the
-segment it was born in and its number there; here the same number is looked up in the neighbour's copy, which is the same kind of layer.
+A repeated layer refers to its neighbours' memory (it frees its predecessor's output, say). In the trace such a
+reference names a block by the segment it was born in and its number there; here the same number is looked up in the
+neighbour's copy, which is the same kind of layer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class CompositionError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ComposedSegment:
-    """One segment of the whole step: its traced segment, the real layer it is (or a place outside the layers), and its events.
+    """One segment of the whole step: its traced segment, the real layer (or place outside the layers), its events.
 
-    Events are (block number, size in bytes, ordinal of the slice whose gradient it is or −1); a negative size frees the block.
+    Events are (block number, bytes, ordinal of the slice whose gradient it is or −1); negative bytes free the block.
     """
 
     phase: str
@@ -29,7 +30,9 @@ class ComposedSegment:
     traced: Segment
 
 
-def compose(trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[int], itemsize: int) -> list[ComposedSegment]:
+def compose(
+    trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[int], itemsize: int
+) -> list[ComposedSegment]:
     """The step's segments in order of time, for all layers.
 
     Args:
@@ -106,7 +109,9 @@ def _copies(segments: Sequence[Segment], layers: _Layers) -> Iterator[tuple[Segm
         yield from ((segment, layer) for layer in (real if segment.phase == "forward" else reversed(real)))
 
 
-def _targets(segment: Segment, here: int, birth: tuple[str, int, int], layers: _Layers, shared: set[tuple[str, int, int]]) -> list[int]:
+def _targets(
+    segment: Segment, here: int, birth: tuple[str, int, int], layers: _Layers, shared: set[tuple[str, int, int]]
+) -> list[int]:
     """Real places whose block is freed when ``segment``, really at ``here``, frees a block with this birth."""
     _, born_place, _ = birth
     if born_place < 0:
@@ -119,8 +124,10 @@ def _targets(segment: Segment, here: int, birth: tuple[str, int, int], layers: _
     return [layers.real[born_place][-1 if segment.place == HEAD else 0]]
 
 
-def _freed_everywhere(segment: Segment, born: Sequence[tuple[str, int, int]], layers: _Layers) -> set[tuple[str, int, int]]:
-    """Births in repeated layers whose like is freed by this segment in both traced neighbours too: so it is in every copy."""
+def _freed_everywhere(
+    segment: Segment, born: Sequence[tuple[str, int, int]], layers: _Layers
+) -> set[tuple[str, int, int]]:
+    """Births in repeated layers whose like this segment frees in both traced neighbours too: so in every copy."""
     if segment.place >= 0:
         return set()
     freed = {born[-1 - event] for event in segment.events if event < 0}
@@ -162,7 +169,10 @@ def summarise(
     """The step's segments in order of time; copies of a repeated layer are one entry.
 
     Args:
-        trace, runs, slice_numels, itemsize: as for :func:`compose`.
+        trace: as for :func:`compose`, like the next three.
+        runs: the layers of the whole model.
+        slice_numels: elements of the chunk's slices.
+        itemsize: bytes per element of a gradient.
         granularity: every block is rounded up to a multiple of this many bytes (512 on CUDA, 1 on the CPU).
     """
     layers = _Layers.of(runs)

@@ -1,4 +1,4 @@
-"""The footprint of every chunk's step: peaks by phase with their breakdown, and seconds. Pure but for the trace store."""
+"""The footprint of every chunk's step: peaks by phase, their breakdown, seconds. Pure but for the trace store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class ChunkFootprint:
-    """One chunk's step: the highest moment of every segment, the time of one update, and what the allocator replay needs."""
+    """One chunk's step: every segment's highest moment, the time of an update, and what the allocator replay needs."""
 
     chunk: Chunk
     moments: tuple[Moment, ...]
@@ -95,7 +95,7 @@ class Footprints:
         self._rates: Rates = rates(training.precision, gpu)
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
-        """The stream's partition; raises InputError when there are more chunks than rows, or more than can be planned."""
+        """The stream's partition; raises InputError for more chunks than rows, or than can be planned."""
         if num_chunks > MAX_PLANNED_CHUNKS:
             raise InputError("training.schedule.num_chunks", f"at most {MAX_PLANNED_CHUNKS} chunks can be planned")
         return partition(self.structure.parameters, num_chunks)

@@ -1,4 +1,4 @@
-"""Which kernels a device runs where tensors without storage would take another path, and the scratch they allocate. Imports torch."""
+"""Which kernels a device runs where tensors without storage take another path, and their scratch. Imports torch."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _flash_backward_cpu(args: Any, out: Any) -> int:
 
 
 def _product_cpu(args: Any, out: Any) -> int:
-    """oneDNN's buffers for a bf16 product; fp32 goes to MKL, which takes none from the allocator."""
+    """Buffers of oneDNN for a bf16 product; fp32 goes to MKL, which takes none from the allocator."""
     left, right = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() >= 2][-2:]
     if left.dtype == torch.float32:
         return 0

@@ -18,9 +18,9 @@ NUM_CUBLAS_WORKSPACES = 2
 """One per thread and stream that multiplies: the main thread (forward) and autograd's (backward, recomputation)."""
 
 ONEDNN_SCRATCH_BYTES = 193 * 1024
-"""Buffers of one bf16 product on the CPU, per thread. Measured: the largest of 12 products in [128, 49152], AVX-512, torch 2.13."""
+"""Buffers of one bf16 product on the CPU, per thread. Measured: the largest of 12 shapes, AVX-512, torch 2.13."""
 ONEDNN_TRANSPOSED_BYTES = 914
-"""The same when the left matrix is transposed (a weight's gradient): per element of the inner dimension. Measured: the largest of 6."""
+"""The same for a transposed left matrix (a weight's gradient), per element of the inner dimension: largest of 6."""
 ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
 """Where that stops to grow. Measured at inner dimensions 1024 and 2048."""
 

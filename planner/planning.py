@@ -22,7 +22,7 @@ PLANNER_VERSION = "1"
 _MIB = 2**20
 MAX_MICRO_BATCH_TOKENS = 2**20
 CUDA_MARGIN = 0.03
-"""Share of everything but the weights that a bound on CUDA adds: kernels' scratch is tabulated, not yet measured per device."""
+"""Share of all but the weights that a bound on CUDA adds: kernels' scratch is tabulated, not measured per device."""
 CUDA_MARGIN_BYTES = 96 * _MIB
 CPU_MARGIN = 0.02
 CPU_MARGIN_BYTES = 8 * _MIB
@@ -75,7 +75,11 @@ class Planner:
         return Evaluation(training, schedule, chunks, peak, peak.upper_bytes <= self.capacity_bytes)
 
     def _peak(
-        self, footprints: Footprints, chunks: tuple[ChunkFootprint, ...], highest: ChunkFootprint, schedule: ScheduleSpec
+        self,
+        footprints: Footprints,
+        chunks: tuple[ChunkFootprint, ...],
+        highest: ChunkFootprint,
+        schedule: ScheduleSpec,
     ) -> Peak:
         moment, extra = highest.peak, self.overheads
         categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
@@ -117,7 +121,7 @@ class Planner:
 
 
 def _check_work(training: TrainingSpec) -> None:
-    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes through it block by block."""
+    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes block by block."""
     if training.seq_len * training.micro_batch_size > MAX_MICRO_BATCH_TOKENS:
         field = "seq_len" if training.seq_len > MAX_MICRO_BATCH_TOKENS else "micro_batch_size"
         raise InputError(f"training.{field}", f"a micro-batch may hold at most {MAX_MICRO_BATCH_TOKENS} tokens")
@@ -151,7 +155,7 @@ def plan(request: PlanRequest) -> Plan:
 
 
 def timeline(request: PlanRequest) -> Timeline:
-    """The footprint over one cycle in the schedule's order: the highest moment of every segment of every chunk's step."""
+    """The footprint over one cycle in the schedule's order: the highest moment of every segment of every step."""
     from planner.search import choose
 
     planner = Planner(request)
@@ -227,4 +231,3 @@ def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
     if planner.gpu.kind == "rocm":
         warnings.append("ROCm devices are planned with CUDA's allocator and kernels: treat the figures as estimates")
     return warnings
-

@@ -140,9 +140,9 @@ def _mark_capacity(axes: Axes, plan: Plan, timeline: Timeline) -> None:
 
 def _label(figure: Figure, upper: Axes, lower: Axes, plan: Plan) -> None:
     training = plan.request.training
-    schedule = training.schedule
+    schedule = plan.schedule
     device = plan.request.gpu if isinstance(plan.request.gpu, str) else plan.request.gpu.name
-    chunks = "" if schedule == "auto" else f", {schedule.num_chunks} chunks {schedule.order.value}"
+    chunks = f", {schedule.num_chunks} chunks {schedule.order.value}" if schedule.num_chunks > 1 else ""
     batch = f"batch {training.micro_batch_size} × {training.seq_len} tokens"
     verdict = "fits" if plan.fits else "does not fit"
     title = f"{plan.model.name} on {device}: {verdict}"

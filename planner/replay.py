@@ -1,4 +1,4 @@
-"""Reserved memory: replays a whole cycle through the simulator of the CUDA caching allocator. Pure but for the trace store."""
+"""Reserved memory: replays a cycle through the simulated CUDA caching allocator. Pure but for the trace store."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from planner.spec import Alternative
 MAX_CHUNKS = 512
 """Finer schedules are not proposed: past this the chunk's own memory is small against everything else."""
 AUTO_CHUNKS = 64
-"""``auto`` stays at or below this while anything fits: a cycle of more updates reaches each parameter too rarely to learn well."""
+"""``auto`` goes no finer while anything fits: a cycle of more updates reaches each parameter too rarely."""
 
 _WORTHWHILE = 0.95
 """Twice as many chunks must bring the step below this share of its time."""
@@ -68,7 +68,7 @@ def alternatives(planner: Planner, chosen: Evaluation) -> list[Alternative]:
 
 
 def _relaxations(planner: Planner, chosen: Evaluation) -> Iterator[tuple[TrainingSpec, ScheduleSpec, str]]:
-    """Ways to need less memory, the least intrusive first: more chunks, then full checkpointing and fused loss, then a smaller batch."""
+    """Ways to need less memory, the least intrusive first: chunks, checkpointing and fused loss, the batch."""
     training, schedule = chosen.training, chosen.schedule
     if training.method == "chunkft":
         for finer in _schedules(planner, schedule):

@@ -1,7 +1,7 @@
 """A traced step as data: blocks of memory, and when they come and go, segment by segment. Pure.
 
-A segment is a part of the step that belongs to one place of the network in one phase: ``forward`` of layer 3, ``backward`` of the head. Inside a
-segment, event ``i >= 0`` allocates block ``i`` and event ``-1 - i`` frees it.
+A segment is a part of the step that belongs to one place of the network in one phase: ``forward`` of layer 3,
+``backward`` of the head. Inside a segment, event ``i >= 0`` allocates block ``i`` and event ``-1 - i`` frees it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMBED, HEAD = -1, -2
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One allocation: bytes asked for, index into CATEGORIES, and the ordinal of the cut slice whose gradient it is, or −1."""
+    """One allocation: bytes asked for, index into CATEGORIES, ordinal of the slice whose gradient it is, or −1."""
 
     size_bytes: int
     category: int
@@ -56,14 +56,16 @@ class StepTrace:
         """Inverse of :meth:`to_json`."""
         return StepTrace(
             tuple(Block(*row) for row in value["blocks"]),
-            tuple(Segment(p, n, tuple(e), tuple((w[0], w[1], w[2]) for w in work)) for p, n, e, work in value["segments"]),
+            tuple(
+                Segment(p, n, tuple(e), tuple((w[0], w[1], w[2]) for w in work)) for p, n, e, work in value["segments"]
+            ),
             tuple(value["slice_numels"]),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
-    """Consecutive layers that do the same in a step: ``layers`` are traced, and the middle one stands for ``num_layers`` − 2."""
+    """Consecutive layers that do the same in a step: three are traced, the middle one stands for ``num_layers`` − 2."""
 
     first: int
     num_layers: int

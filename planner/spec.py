@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -153,5 +153,3 @@ class Timeline(Result):
     plan_id: str
     capacity_bytes: int
     points: list[TimelinePoint]
-
-

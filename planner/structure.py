@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model without building it: its stream and which layer each parameter belongs to. Pure."""
+"""What a plan needs to know of a model without building it: its stream and its parameters' layers. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelStructure:
     head: int
     """Index of the output projection; −1 when there is none."""
     loss_rows: int
-    """Rows of the head whose logits the fused loss holds at once for their gradient; 0: the loss does not work by rows."""
+    """Rows of the head whose logits the fused loss holds at once for their gradient; 0: it does not work by rows."""
 
     @property
     def num_layers(self) -> int:
@@ -86,7 +86,7 @@ class ChunkRoles:
 
 
 def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec) -> ChunkRoles:
-    """Roles of all layers while ``chunk`` is active: below it no gradient, the lowest with gradient, and those above."""
+    """Roles of all layers while ``chunk`` is active: below it without gradient, the lowest with one, those above."""
     active: dict[int, list[tuple[int, bool]]] = {}
     outside: list[tuple[int, int]] = []
     first_of_layer: dict[int, int] = {}
@@ -114,9 +114,9 @@ def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec)
 
 
 def _cut_kind(structure: ModelStructure, piece: Slice) -> int:
-    """0 for a whole parameter; −1 for a cut one when only its gradient's size follows the cut; else the rows that decide.
+    """0 for a whole parameter; −1 for a cut one of which only the gradient follows the cut; else the rows that decide.
 
-    The fused loss holds temporaries as large as the head's active rows, up to a limit; a head tied to the embedding has two gradients.
+    The fused loss holds temporaries as large as the head's active rows, up to a limit; a tied head has two gradients.
     """
     info = structure.parameters[piece.index]
     if piece.numel == info.numel:

@@ -1,6 +1,6 @@
 """Runs the engine's own step on tensors without storage, and records what is allocated and freed. Imports torch.
 
-Only distinct blocks are traced: of a run of equal layers three are kept, and :mod:`planner.compose` repeats the middle one.
+Only distinct blocks are traced: of equal layers three are kept, and :mod:`planner.compose` repeats the middle one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.step import StepOptions, forward_backward, prepared
 from engine.stream import ParameterStream
 from planner.kernels import traced_kernels
 from planner.memory import MemoryTrace
-from planner.segments import CATEGORIES, EMBED, HEAD, Block, Segment, StepTrace, layer_runs
+from planner.segments import CATEGORIES, EMBED, HEAD, Block, StepTrace, layer_runs
 from planner.structure import ChunkRoles, ModelStructure
 
 _GRADIENTS = CATEGORIES.index("gradients")
@@ -79,7 +79,7 @@ class ModelTracer:
         )
 
     def _head(self) -> tuple[int, int]:
-        """Place of the output projection in the stream, and how many of its rows the fused loss treats at once (0: all)."""
+        """Place of the output projection in the stream; how many of its rows the fused loss treats at once (0: all)."""
         outputs = self.model.get_output_embeddings()
         weight = getattr(outputs, "weight", None)
         index = next((i for i, p in enumerate(self.stream.parameters) if p is weight), -1)
@@ -138,9 +138,7 @@ class ModelTracer:
             choice = CheckpointedLayers(layers=[i for i, index in enumerate(kept) if index in choice.layers])
         return StepOptions(self.training.loss, choice)
 
-    def _finish(
-        self, mode: MemoryTrace, gradients: dict[int, int], active: list[ActiveSlice]
-    ) -> StepTrace:
+    def _finish(self, mode: MemoryTrace, gradients: dict[int, int], active: list[ActiveSlice]) -> StepTrace:
         blocks = []
         for index, (size_bytes, category) in enumerate(zip(mode.sizes, mode.categories, strict=True)):
             if index in gradients:
@@ -167,11 +165,13 @@ class ModelTracer:
 
     @contextmanager
     def _segment_hooks(self, mode: MemoryTrace, kept: list[int]) -> Iterator[None]:
-        """Tell the trace where it is: module hooks in forward, tensor hooks in backward. Recomputation fires neither."""
+        """Tell the trace where it is: module hooks in forward, tensor hooks in backward. Recomputing fires neither."""
         handles = []
         for position, index in enumerate(kept):
             is_last = position == len(kept) - 1
-            handles.append(self.layers[index].register_forward_pre_hook(_before_layer(mode, position), with_kwargs=True))
+            handles.append(
+                self.layers[index].register_forward_pre_hook(_before_layer(mode, position), with_kwargs=True)
+            )
             handles.append(self.layers[index].register_forward_hook(_after_layer(mode, position, is_last)))
         try:
             yield
@@ -182,7 +182,7 @@ class ModelTracer:
 
 @contextmanager
 def _watched_gradients(mode: MemoryTrace, active: list[ActiveSlice]) -> Iterator[dict[int, int]]:
-    """Filled during backward: blocks in which gradients arrive, whose sizes follow the cuts, and the ordinals of their slices."""
+    """Filled during backward: blocks in which gradients arrive (sized by the cuts), and their slices' ordinals."""
     blocks: dict[int, int] = {}
 
     def watch(leaf: Tensor, ordinal: int) -> Any:
@@ -198,7 +198,7 @@ def _watched_gradients(mode: MemoryTrace, active: list[ActiveSlice]) -> Iterator
 
 
 def _check_positions(model: PreTrainedModel, seq_len: int) -> None:
-    """Raises InputError when the sequence is longer than a table of learned positions: no table is read here, so none would fail."""
+    """Raises InputError for a sequence longer than a table of learned positions, which fails only where it is read."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or seq_len <= limit:
         return

@@ -19,7 +19,7 @@ _WORKSPACE = CATEGORIES.index("workspace")
 def trace_update(
     device_kind: str, numel: int, training: TrainingSpec, schedule: ScheduleSpec, comes: bool, leaves: bool
 ) -> StepTrace:
-    """The engine's update of one slice. Block 0 is its gradient; the phases ``clip`` and ``optimizer`` follow its birth.
+    """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and ``optimizer``.
 
     Args:
         device_kind: decides which kernels run.

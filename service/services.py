@@ -47,7 +47,7 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
         clock: by default the machine's.
     """
     clock = clock or SystemClock()
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, settings.database_timeout_seconds)
     own_planner = PlannerProcess(settings.plan_timeout_seconds, settings.plan_queue_seconds)
     metrics = Metrics(database, clock)
     plans = PlanService(database, planner or own_planner, settings, clock, metrics)

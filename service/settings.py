@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     """Everything that the service writes: database, uploads, runs, locks."""
     database_url: str = Field(default_factory=lambda data: f"sqlite:///{data['data_dir'] / 'chunkplan.db'}")
     """``sqlite:///PATH`` or ``postgresql://…``."""
+    database_timeout_seconds: Seconds = 15.0
+    """How long anything waits for a lock or a connection before it fails."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["data_dir"] / "models")
     """A catalog id resolves to the folder of that name in here when a job trains it."""
     model_roots: list[AbsolutePath] = [Path()]
@@ -77,6 +79,13 @@ class Settings(BaseSettings):
     samples_retention_days: Annotated[int, Field(ge=1)] = 30
     """Raw profile samples and step events are deleted after this; metrics and residuals stay."""
     idempotency_retention_hours: Annotated[int, Field(ge=1)] = 24
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if not url.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")):
+            raise ValueError("should be sqlite:///PATH or postgresql://USER@HOST/NAME")
+        return url
 
     @model_validator(mode="after")
     def _open_hosts_are_explicit(self) -> Settings:

@@ -45,6 +45,7 @@ def make_plan(capacity_bytes=24 * GIB, num_chunks=4, allocated_bytes=18 * GIB, m
         id="plan_0123456789",
         planner_version="0",
         request=request,
+        schedule=request.training.schedule,
         fits=peak.upper_bytes <= capacity_bytes,
         capacity_bytes=capacity_bytes,
         model=ModelFacts(

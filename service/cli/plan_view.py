@@ -12,11 +12,8 @@ _BAR_WIDTH = 36
 _MAX_CHUNK_ROWS = 12
 
 
-def describe_schedule(training: TrainingSpec) -> str:
+def describe_schedule(schedule: ScheduleSpec) -> str:
     """``32 chunks, descending, 1 update each, states kept``."""
-    schedule = training.schedule
-    if schedule == "auto":
-        return "schedule to be chosen"
     if schedule.num_chunks == 1:
         return "all parameters at once"
     updates = "1 update" if schedule.switch_every == 1 else f"{schedule.switch_every} updates"
@@ -47,7 +44,7 @@ def print_plan(plan: Plan) -> None:
     out.print(
         f"[bold]{escape(plan.model.name)}[/] ({count(plan.model.num_parameters)} parameters) on [bold]{device}[/]"
     )
-    out.print(describe_schedule(request.training), style="dim")
+    out.print(describe_schedule(plan.schedule), style="dim")
     out.print(describe_training(request.training), style="dim", soft_wrap=True)
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
     spare = plan.capacity_bytes - plan.peak.upper_bytes
@@ -71,8 +68,9 @@ def refusal(plan: Plan) -> str:
     fitting = next((alternative for alternative in plan.alternatives if alternative.fits), None)
     if fitting is not None:
         return f"{problem}; nearest that fits: {_short(fitting)}"
-    missing = min([need, *(alternative.peak.upper_bytes for alternative in plan.alternatives)]) - have
-    return f"{problem}; no schedule fits: the smallest needs {missing:,} bytes ({gibibytes(missing)}) more"
+    if plan.alternatives:
+        return f"{problem}; {plan.alternatives[0].why}"
+    return f"{problem}; no other schedule needs less: {need - have:,} bytes are missing"
 
 
 def _print_peak(plan: Plan) -> None:
@@ -130,8 +128,7 @@ def _shown(chunks: list[ChunkPlan]) -> list[ChunkPlan]:
 
 
 def _print_time(plan: Plan) -> None:
-    schedule = plan.request.training.schedule
-    updates = schedule.num_chunks * schedule.switch_every if isinstance(schedule, ScheduleSpec) else len(plan.chunks)
+    updates = plan.schedule.num_chunks * plan.schedule.switch_every
     cycle = f", a cycle of {updates} updates {duration(updates * plan.step_seconds)}" if updates > 1 else ""
     console().print(
         f"[bold]Time[/]: {duration(plan.step_seconds)} per update{cycle}; {plan.tokens_per_second:,.0f} tokens/s\n"
@@ -146,7 +143,7 @@ def _print_alternatives(alternatives: list[Alternative]) -> None:
             "[green]fits[/]" if alternative.fits else "[red]no[/]",
             gibibytes(alternative.peak.upper_bytes),
             duration(alternative.step_seconds),
-            describe_schedule(alternative.training),
+            describe_schedule(alternative.schedule),
             escape(alternative.why),
         )
         for alternative in alternatives
@@ -157,4 +154,4 @@ def _print_alternatives(alternatives: list[Alternative]) -> None:
 
 def _short(alternative: Alternative) -> str:
     peak = gibibytes(alternative.peak.upper_bytes)
-    return f"{describe_schedule(alternative.training)} (up to {peak}, {duration(alternative.step_seconds)} per update)"
+    return f"{describe_schedule(alternative.schedule)} (up to {peak}, {duration(alternative.step_seconds)} per update)"

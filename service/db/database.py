@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-BUSY_TIMEOUT_MS = 15_000
+DEFAULT_TIMEOUT_SECONDS = 15.0
 
 
 def normalise_url(url: str) -> URL:
@@ -27,24 +28,31 @@ def normalise_url(url: str) -> URL:
     return parsed
 
 
-def create_database_engine(url: str) -> Engine:
-    """An engine with our connection settings; creates the folder of an SQLite file."""
+def create_database_engine(url: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Engine:
+    """An engine with our connection settings; creates the folder of an SQLite file.
+
+    Args:
+        url: of the database.
+        timeout_seconds: how long a statement waits for a lock, and a connection for the server.
+    """
     parsed = normalise_url(url)
+    milliseconds = int(timeout_seconds * 1000)
     if parsed.get_backend_name() != "sqlite":
-        arguments = {"options": "-c timezone=utc"}
+        options = f"-c timezone=utc -c lock_timeout={milliseconds}"
+        arguments = {"options": options, "connect_timeout": max(2, int(timeout_seconds))}
         return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=arguments)
     if parsed.database:
         Path(parsed.database).absolute().parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, pool_size=10, max_overflow=20)
-    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "connect", partial(_configure_sqlite, milliseconds))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _configure_sqlite(connection: Any, _record: object) -> None:
+def _configure_sqlite(busy_timeout: int, connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver's own BEGIN would come too late: we send it ourselves
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={busy_timeout}", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
@@ -57,8 +65,8 @@ def _begin_sqlite(connection: Connection) -> None:
 class Database:
     """One engine and its two kinds of units of work."""
 
-    def __init__(self, url: str) -> None:
-        self.engine = create_database_engine(url)
+    def __init__(self, url: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        self.engine = create_database_engine(url, timeout_seconds)
         self._readers = sessionmaker(self.engine, expire_on_commit=False)
         self._writers = sessionmaker(self.engine.execution_options(chunkplan_write=True), expire_on_commit=False)
 

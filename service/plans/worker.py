@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
@@ -35,6 +35,12 @@ class Planner(Protocol):
         """Ends the worker process."""
 
 
+@dataclass(frozen=True)
+class _Worker:
+    pool: ProcessPoolExecutor
+    pid: int
+
+
 class PlannerProcess:
     """Runs `planner.plan` and `planner.timeline` in one spawned process, one request at a time.
 
@@ -47,13 +53,7 @@ class PlannerProcess:
         self._timeout_seconds = timeout_seconds
         self._queue_seconds = queue_seconds
         self._turn = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
-        self._warm: Future[int] | None = None
-
-    def start(self) -> None:
-        """Starts the process without waiting for it."""
-        with self._turn:
-            self._ensure_pool()
+        self._worker: _Worker | None = None
 
     def plan(self, request: PlanRequest) -> Plan:
         """See `planner.plan`.
@@ -86,39 +86,47 @@ class PlannerProcess:
         return rest[0]
 
     def _run(self, function: Callable[[str], Answer], request: str) -> Answer:
-        deadline = time.monotonic() + self._timeout_seconds
-        for is_last in (False, True):
-            pool = self._ensure_pool()
-            try:
-                return pool.submit(function, request).result(timeout=max(deadline - time.monotonic(), 0.001))
-            except FutureTimeout as error:
-                self._kill()
-                message = f"this plan takes longer than {self._timeout_seconds:g} seconds; ask for a smaller one"
-                raise Unprocessable("plan_timeout", message) from error
-            except BrokenProcessPool as error:
-                log.warning("the planner's process died", again=not is_last)
-                self._kill()
-                if is_last:
-                    raise Unprocessable("plan_failed", "the planner's process died on this request, twice") from error
-        raise AssertionError("unreachable")
+        """One try, and another in a fresh process if the first one's died: not every death is the request's fault."""
+        try:
+            return self._try(function, request)
+        except BrokenProcessPool:
+            log.warning("the planner's process died")
+            self._kill()
+        try:
+            return self._try(function, request)
+        except BrokenProcessPool as error:
+            self._kill()
+            raise Unprocessable("plan_failed", "the planner's process died on this request, twice") from error
 
-    def _ensure_pool(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_initialise)
-            self._warm = self._pool.submit(os.getpid)
-        return self._pool
+    def _try(self, function: Callable[[str], Answer], request: str) -> Answer:
+        self._worker = self._worker or _start_worker()
+        try:
+            return self._worker.pool.submit(function, request).result(timeout=self._timeout_seconds)
+        except TimeoutError as error:
+            self._kill()
+            message = f"this plan takes longer than {self._timeout_seconds:g} seconds; ask for a smaller one"
+            raise Unprocessable("plan_timeout", message) from error
 
     def _kill(self) -> None:
         """Ends the process at once, whatever it is doing."""
-        pool, warm, self._pool, self._warm = self._pool, self._warm, None, None
-        if pool is None or warm is None:
-            return
-        try:
-            os.kill(warm.result(timeout=self._timeout_seconds), signal.SIGKILL)
-        except (BrokenProcessPool, FutureTimeout, ProcessLookupError):
-            log.debug("the planner's process is gone already")
-        pool.shutdown(wait=True, cancel_futures=True)
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+            worker.pool.shutdown(wait=True, cancel_futures=True)
+
+
+_START_SECONDS = 60.0
+"""For a new process to answer for the first time."""
+
+
+def _start_worker() -> _Worker:
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_initialise)
+    try:
+        return _Worker(pool, pool.submit(os.getpid).result(timeout=_START_SECONDS))
+    except TimeoutError as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise Busy("planner_slow", "this machine is too busy to start a planner", retry_after_seconds=60) from error
 
 
 Answer = tuple[str, ...]

@@ -1,11 +1,12 @@
 """Trainers that are stopped, killed, or cannot go on; on one real server."""
 
+import fcntl
 import signal
 
 import pytest
 
 from tests.api.requests import job_request
-from tests.crash.test_server_killed import gone
+from tests.support.live import gone
 from tests.support.waiting import wait_for
 
 # test_server_killed.py runs on both databases; what is new here does not depend on which one it is.
@@ -65,6 +66,33 @@ def test_pausing_cancelling_and_what_they_leave(server, dataset, tmp_path):
     run_dir = tmp_path / "var" / "jobs" / job_id
     assert list(run_dir.glob("checkpoints/step-*"))
     assert (run_dir / "attempts" / "2" / "log.txt").exists()
+
+
+def test_a_trainer_that_does_not_stop_is_killed(start_server, dataset):
+    server = start_server(stop_grace_seconds=0.5)
+    job_id = submit(server, dataset)
+    server.wait_for_events(job_id, "step", 1)
+    (trainer,) = server.trainers()
+    trainer.suspend()
+    server.post(f"/v1/jobs/{job_id}/cancel")
+    server.wait_for_state(job_id, "cancelled")
+    assert gone(trainer)
+    assert server.get(f"/v1/jobs/{job_id}/attempts")["data"][0]["exit_code"] == -signal.SIGKILL
+
+
+def test_a_busy_device_is_waited_for(start_server, dataset, tmp_path):
+    """The trainer itself finds the device locked by somebody outside the service, and says so."""
+    lock = tmp_path / "var" / "locks" / "cpu.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        server = start_server(retry_delay_seconds=0.1)
+        job_id = server.post("/v1/jobs", job_request(dataset, max_steps=1))["id"]
+        server.wait_for_attempt_end(job_id)
+    job = server.wait_for_state(job_id, "succeeded")
+    attempts = server.get(f"/v1/jobs/{job_id}/attempts")["data"]
+    assert {(attempt["reason"], attempt["exit_code"]) for attempt in attempts[1:]} == {("device_busy", 76)}
+    assert job["num_attempts"] == len(attempts) >= 2
 
 
 def test_a_poisoned_job_ends_with_the_trainers_last_error(server, dataset, tmp_path):

@@ -54,6 +54,18 @@ class LiveServer:
         children = psutil.Process(self._process.pid).children()
         return [child for child in children if "engine.worker" in child.cmdline()]
 
+    def children(self) -> list[psutil.Process]:
+        """Every process that this server has started, and theirs."""
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def suspend(self) -> None:
+        """What SIGSTOP does: the process is there and does nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """Undoes `suspend`."""
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """What kill -9 does."""
         self._process.kill()
@@ -105,9 +117,26 @@ class LiveServer:
 
         return wait_for(probe, f"{count} {kind} events of job {job_id}", 90)
 
+    def wait_for_attempt_end(self, job_id: str) -> dict[str, Any]:
+        """The job's newest attempt that has ended, once there is one."""
+
+        def probe() -> dict[str, Any] | None:
+            attempts = self.get(f"/v1/jobs/{job_id}/attempts")["data"]
+            return next((attempt for attempt in attempts if attempt["ended_at"]), None)
+
+        return wait_for(probe, f"an attempt of job {job_id} to end", 90)
+
     def _is_ready(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()
         try:
             return self.http.get("/readyz").status_code == 200
         except httpx.TransportError:
             return False
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; what nobody has waited for yet has ended too."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

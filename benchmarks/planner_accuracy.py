@@ -1,0 +1,254 @@
+"""Real training runs on the CPU against their plans: python -m benchmarks.planner_accuracy [--output FILE].
+
+Every case trains a randomly initialised model through the engine for one cycle, reads the allocator's own record
+(torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same request.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: kineto prints a line per profiled step
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from engine import ChunkFT
+from engine.models import DTYPES
+from engine.profiler import CpuProfiler
+from engine.spec import TrainingSpec
+from planner import PLANNER_VERSION, PlanRequest, plan
+from planner.residuals import STEP, Residual, residuals
+
+RESULTS = Path(__file__).parent / "results" / "planner_accuracy.json"
+
+
+def _llama_like(model_type: str, **changes: Any) -> dict[str, Any]:
+    base = {
+        "vocab_size": 8003, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    return {"model_type": model_type, **base, **changes}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _llama_like("llama"),
+    "llama-tied": _llama_like("llama", tie_word_embeddings=True),
+    "qwen2": _llama_like("qwen2"),
+    "qwen3": _llama_like("qwen3", head_dim=32),
+    "mistral": _llama_like("mistral", sliding_window=64),
+    "phi3": _llama_like("phi3", num_key_value_heads=8),
+    "gemma2": _llama_like("gemma2", head_dim=32, sliding_window=64),
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 8003, "n_embd": 256, "n_layer": 5, "n_head": 8, "n_positions": 1024,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "opt": {
+        "model_type": "opt", "vocab_size": 8003, "hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 5,
+        "num_attention_heads": 8, "max_position_embeddings": 1024, "word_embed_proj_dim": 256,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox", "vocab_size": 8003, "hidden_size": 256, "intermediate_size": 1024,
+        "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 2048,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip
+
+FAMILIES = tuple(CONFIGS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a model of CONFIGS and a training spec."""
+
+    name: str
+    model: str
+    training: TrainingSpec
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Peak of one phase of one update."""
+
+    chunk_index: int
+    phase: str
+    allocated_bytes: int
+
+
+def case(model: str, num_chunks: int = 6, switch_every: int = 1, states: str = "keep", **training: Any) -> Case:
+    """A case with the grid's defaults: fp32, 2 sequences of 128 tokens, full checkpointing, fused loss."""
+    asked = {"seq_len": 128, "micro_batch_size": 2, "precision": "fp32", **training}
+    if model == "gemma2":
+        asked["attention"] = "eager"
+    schedule = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states}
+    changes = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states, **training}
+    name = " ".join([model, *(f"{key}={value}" for key, value in changes.items())])
+    return Case(name, model, TrainingSpec.model_validate({**asked, "schedule": schedule}))
+
+
+def grid() -> Iterator[Case]:
+    """All cases: every family in both precisions with and without checkpointing, then one knob after the other."""
+    for model in FAMILIES:
+        for precision in ("fp32", "bf16"):
+            for checkpointing in ("full", "none"):
+                yield case(model, precision=precision, activation_checkpointing=checkpointing)
+    for precision in ("fp32", "bf16"):
+        for num_chunks in (1, 2, 17):
+            yield case("llama", num_chunks=num_chunks, precision=precision)
+            yield case("llama-tied", num_chunks=num_chunks, precision=precision, activation_checkpointing="none")
+        for model in ("llama", "llama-tied", "gpt2"):
+            yield case(model, precision=precision, loss="standard")
+        for batch, length in ((1, 32), (8, 32), (8, 128), (1, 512), (1, 1024)):
+            yield case("llama", precision=precision, micro_batch_size=batch, seq_len=length)
+        for count in (2, 3):
+            yield case("qwen2", precision=precision, gradient_accumulation_steps=count)
+            yield case(
+                "llama-tied", precision=precision, gradient_accumulation_steps=count, activation_checkpointing="none"
+            )
+        yield case("llama", precision=precision, attention="eager")
+        yield case("llama", precision=precision, activation_checkpointing={"layers": [0, 3]})
+        yield case("llama", precision=precision, max_grad_norm=None)
+    for states in ("keep", "reset"):
+        for switch_every in (2, 3):
+            yield case("llama", switch_every=switch_every, states=states)
+
+
+def build(config: dict[str, Any], training: TrainingSpec) -> PreTrainedModel:
+    """The model with random weights, ready to train."""
+    parsed = AutoConfig.for_model(**config)
+    parsed.use_cache = False
+    model = AutoModelForCausalLM.from_config(
+        parsed, dtype=DTYPES[training.precision], attn_implementation=training.attention
+    )
+    return model.train()
+
+
+def measure(config: dict[str, Any], training: TrainingSpec, num_cycles: int = 1) -> list[Measured]:
+    """Train for whole cycles and return what the allocator recorded, net of what lived before."""
+    profiler = CpuProfiler()
+    gc.collect()
+    with profiler.step(), profiler.phase("load"):
+        probe = torch.empty(64)
+    before = profiler.samples[0].allocated_bytes - probe.nbytes
+    with profiler.step():
+        del probe
+    samples = _train(config, training, num_cycles, profiler)
+    with profiler.step():
+        gc.collect()
+    return [Measured(s.chunk_index, s.phase, s.allocated_bytes - before) for s in samples]
+
+
+def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, profiler: CpuProfiler) -> list[Measured]:
+    schedule = training.schedule
+    assert schedule != "auto"
+    with profiler.step(), profiler.phase("load"):
+        model = build(config, training)
+    tuner = ChunkFT(
+        model, schedule.num_chunks, order=schedule.order, switch_every=schedule.switch_every, states=schedule.states,
+        max_grad_norm=training.max_grad_norm, loss=training.loss,
+        activation_checkpointing=training.activation_checkpointing, observer=profiler,
+    )  # fmt: skip
+    generator, shape = torch.Generator().manual_seed(0), (training.micro_batch_size, training.seq_len)
+    samples = []
+    for _ in range(num_cycles * tuner.schedule.updates_per_cycle):
+        chunk_index = tuner.visit.chunk_index
+        with profiler.step():
+            with profiler.phase("load"):
+                batches = []
+                for _ in range(training.gradient_accumulation_steps):
+                    ids = torch.randint(0, config["vocab_size"], shape, generator=generator)
+                    batches.append({"input_ids": ids, "labels": ids.clone()})
+                del ids
+            for batch in batches:
+                tuner.backward(batch, 1.0)
+            tuner.step()
+            del batches, batch
+        samples += [Measured(chunk_index, s.phase, s.allocated_bytes) for s in profiler.samples]
+    tuner.close()
+    return samples
+
+
+def compare(item: Case) -> list[Residual]:
+    """Plan and run one case; residuals per chunk and phase."""
+    config = CONFIGS[item.model]
+    torch.manual_seed(0)
+    answer = plan(PlanRequest.model_validate({"model": {"config": config}, "gpu": "cpu", "training": item.training}))
+    return residuals(answer, measure(config, item.training))
+
+
+def summary(found: list[Residual]) -> dict[str, Any]:
+    """Error figures over residuals."""
+    errors = [item.relative_error for item in found]
+    return {
+        "count": len(errors),
+        "mean_absolute": sum(map(abs, errors)) / len(errors),
+        "mean_signed": sum(errors) / len(errors),
+        "max_over": max(errors),
+        "max_under": min(errors),
+        "max_under_bytes": min(item.predicted_bytes - item.measured_bytes for item in found),
+        "under_by_more_than_0.1_percent": sum(error < -0.001 for error in errors),
+        "under_by_more_than_1_percent": sum(error < -0.01 for error in errors),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "planner": PLANNER_VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def main() -> None:
+    """Run the grid, print the table, write the results."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    output = parser.parse_args().output
+    begin = time.perf_counter()
+    runs, steps, phases = [], [], []
+    print(f"{'case':88} {'peak MB':>8} {'mean |e|':>9} {'worst':>9}")
+    for item in grid():
+        found = compare(item)
+        chunks = [residual for residual in found if residual.phase == STEP]
+        steps += chunks
+        phases += [residual for residual in found if residual.phase != STEP]
+        figures, peak = summary(chunks), max(residual.measured_bytes for residual in chunks)
+        worst = max(chunks, key=lambda residual: abs(residual.relative_error)).relative_error
+        print(f"{item.name:88} {peak / 1e6:8.2f} {figures['mean_absolute']:9.4%} {worst:+9.4%}", flush=True)
+        spec = item.training.model_dump(mode="json")
+        runs.append({"name": item.name, "training": spec, "peak_bytes": peak, **figures})
+    result = {
+        "command": " ".join(["python -m benchmarks.planner_accuracy", *sys.argv[1:]]),
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "num_runs": len(runs),
+        "per_chunk": summary(steps),
+        "per_phase": summary(phases),
+        "configs": CONFIGS,
+        "runs": runs,
+    }
+    for title in ("per_chunk", "per_phase"):
+        print(title, json.dumps(result[title]))
+    print(f"{len(runs)} runs in {result['seconds']} s")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

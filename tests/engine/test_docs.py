@@ -1,0 +1,29 @@
+"""Every code block of docs/engine.md runs, in the order of the page."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from tests.engine.families import tiny_batch, tiny_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
+
+
+def test_the_page_runs_as_it_stands(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    model = tiny_model("llama-tied")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    names = {
+        "torch": torch,
+        "model": model,
+        "loader": [tiny_batch(seed=seed) for seed in range(8)],
+        "folder": tmp_path,
+    }
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["saved"].step == 8
+    assert len(names["active"]) > 0
+    assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

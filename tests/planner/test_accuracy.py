@@ -1,0 +1,42 @@
+"""What the allocator records in real training runs, against their plans."""
+
+import pytest
+
+from benchmarks.planner_accuracy import CONFIGS, Case, case, compare, measure, summary
+from planner import PlanRequest, plan
+from planner.residuals import STEP
+
+CASES = [
+    case("llama", precision="fp32"),
+    case("llama", precision="bf16", activation_checkpointing="none", num_chunks=4),
+    case("llama-tied", precision="bf16", num_chunks=9, gradient_accumulation_steps=2),
+    case("llama", loss="standard", attention="eager", num_chunks=3),
+    case("llama", switch_every=3, num_chunks=3),
+    case("llama", switch_every=2, states="reset", num_chunks=3, max_grad_norm=None),
+    case("llama", num_chunks=1, precision="bf16", seq_len=512, micro_batch_size=1),
+    case("qwen2", num_chunks=4, micro_batch_size=4, seq_len=64, activation_checkpointing={"layers": [0, 3]}),
+    case("gpt2", num_chunks=4),
+    case("gpt2", num_chunks=3, precision="bf16", activation_checkpointing="none"),
+    case("gpt_neox", num_chunks=3, precision="bf16"),
+    case("opt", num_chunks=3),
+    case("gemma2", num_chunks=3),
+]
+
+
+@pytest.mark.parametrize("item", CASES, ids=lambda item: item.name)
+def test_plan_predicts_the_allocators_record(item: Case):
+    found = compare(item)
+    steps = [residual for residual in found if residual.phase == STEP]
+    assert len(steps) == item.training.schedule.num_chunks
+    figures = summary(found)
+    assert figures["mean_absolute"] < 0.005
+    assert figures["max_under"] > -0.001
+    assert figures["max_over"] < 0.03
+
+
+def test_plan_of_another_run_does_not_match():
+    """The comparison can fail: half the sequence length is another footprint."""
+    item, other = case("llama", num_chunks=2, activation_checkpointing="none"), case("llama", num_chunks=2, seq_len=64)
+    answer = plan(PlanRequest(model={"config": CONFIGS["llama"]}, gpu="cpu", training=other.training))
+    measured = max(sample.allocated_bytes for sample in measure(CONFIGS["llama"], item.training))
+    assert answer.peak.allocated_bytes < 0.95 * measured

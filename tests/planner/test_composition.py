@@ -1,0 +1,117 @@
+"""Repeating distinct layers gives the step of the whole model, event by event."""
+
+import pytest
+
+from engine.chunks import partition
+from engine.spec import TrainingSpec
+from planner.compose import compose, summarise
+from planner.segments import LayerRun, layer_runs
+from planner.structure import chunk_roles
+from planner.trace import ModelTracer
+
+BASE = {
+    "vocab_size": 211,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": {**BASE, "model_type": "llama"},
+    "llama-tied": {**BASE, "model_type": "llama", "tie_word_embeddings": True},
+    "qwen2": {**BASE, "model_type": "qwen2"},
+    "mistral": {**BASE, "model_type": "mistral", "sliding_window": 8},
+    "phi3": {**BASE, "model_type": "phi3"},
+    "gemma2": {**BASE, "model_type": "gemma2", "head_dim": 8, "sliding_window": 8},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 211, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 128},
+    "opt": {**BASE, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {**BASE, "model_type": "gpt_neox"},
+}
+SPECS = [
+    ("cpu", {"loss": "fused", "precision": "bf16"}),
+    ("cuda", {"loss": "standard", "activation_checkpointing": "none", "gradient_accumulation_steps": 2}),
+    (
+        "cuda",
+        {"activation_checkpointing": {"layers": [0, 1, 4]}, "gradient_accumulation_steps": 3, "precision": "fp32"},
+    ),
+]
+
+
+def tracer_of(family, changes, device, num_layers=6):
+    attention = "eager" if family == "gemma2" else "sdpa"
+    training = TrainingSpec.model_validate({"seq_len": 16, "micro_batch_size": 2, "attention": attention, **changes})
+    layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": num_layers}
+    return ModelTracer({**CONFIGS[family], **layers}, training, device)
+
+
+def whole_model(tracer, structure, chunk, numels):
+    """The step with every layer traced."""
+    trace = tracer.trace_layers(chunk, list(range(structure.num_layers)))
+    runs = [LayerRun(index, 1) for index in range(structure.num_layers)]
+    return compose(trace, runs, numels, tracer.training.precision.itemsize), (trace, runs)
+
+
+def sizes(segments):
+    return [(s.phase, s.place, [size_bytes for _, size_bytes, _ in s.events]) for s in segments]
+
+
+def peak_bytes(summaries):
+    live, highest = 0, 0
+    for summary in summaries:
+        highest = max(highest, live + sum(summary.peak))
+        live += sum(summary.net)
+    return highest, live
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(("device", "changes"), SPECS, ids=["full", "none", "chosen"])
+def test_composed_step_equals_the_whole_model(family, device, changes):
+    tracer = tracer_of(family, changes, device)
+    structure = tracer.structure()
+    for num_chunks, index in ((1, 0), (7, 0), (7, 3), (7, 6)):
+        chunk = partition(structure.parameters, num_chunks)[index]
+        roles = chunk_roles(structure, chunk, tracer.training)
+        runs = layer_runs(roles.layers)
+        numels = [piece.numel for piece in chunk.slices]
+        itemsize = tracer.training.precision.itemsize
+        trace = tracer.trace(chunk, roles)
+        whole, (whole_trace, whole_runs) = whole_model(tracer, structure, chunk, numels)
+        assert sizes(compose(trace, runs, numels, itemsize)) == sizes(whole)
+        assert peak_bytes(summarise(trace, runs, numels, itemsize, 512)) == peak_bytes(
+            summarise(whole_trace, whole_runs, numels, itemsize, 512)
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}], ids=["one", "accumulated"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_chunks_that_share_a_trace_get_their_own_sizes(family, changes):
+    """A trace serves every chunk of the same roles, wherever the chunk cuts its tensors."""
+    tracer = tracer_of(family, {**changes, "activation_checkpointing": "none"}, "cuda", num_layers=10)
+    structure = tracer.structure()
+    first_with, num_resized, most = {}, 0, 6
+    for chunk in [*partition(structure.parameters, 20), *partition(structure.parameters, 23)]:
+        roles = chunk_roles(structure, chunk, tracer.training)
+        first = first_with.setdefault(roles.key, chunk)
+        numels = [piece.numel for piece in chunk.slices]
+        if numels == [piece.numel for piece in first.slices]:
+            continue
+        if num_resized == most:
+            break
+        num_resized += 1
+        trace = tracer.trace(first, chunk_roles(structure, first, tracer.training))
+        composed = compose(trace, layer_runs(roles.layers), numels, 2)
+        assert sizes(composed) == sizes(whole_model(tracer, structure, chunk, numels)[0])
+    assert num_resized == most
+
+
+def test_layers_of_two_kinds_are_not_mixed():
+    tracer = tracer_of("gemma2", {"activation_checkpointing": "full"}, "cuda")
+    structure = tracer.structure()
+    sliding, full = structure.signatures[:2]
+    assert sliding != full
+    assert structure.signatures == (sliding, full) * 3

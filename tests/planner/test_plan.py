@@ -1,0 +1,158 @@
+"""What a plan promises about its own numbers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine.chunks import partition
+from engine.spec import ScheduleSpec, parse
+from planner import PlanRequest, plan, timeline
+from planner.planning import Planner
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1009,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+def request(gpu="rtx-4090", model=None, memory_limit_bytes=None, num_chunks=8, **training):
+    spec = {"seq_len": 64, "schedule": {"num_chunks": num_chunks}, **training}
+    asked = {
+        "model": model or {"config": LLAMA},
+        "gpu": gpu,
+        "memory_limit_bytes": memory_limit_bytes,
+        "training": spec,
+    }
+    return parse(PlanRequest, asked)
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "rtx-4090", "h200"])
+@pytest.mark.parametrize("training", [{}, {"loss": "standard", "gradient_accumulation_steps": 2}, {"method": "full"}])
+def test_figures_of_a_plan_agree_with_each_other(gpu, training):
+    changes = {"schedule": "auto"} if training.get("method") == "full" else {}
+    answer = plan(request(gpu, **training, **changes))
+    peak = answer.peak
+    assert peak.breakdown.total_bytes == peak.allocated_bytes
+    assert all(size_bytes >= 0 for size_bytes in peak.breakdown.model_dump().values())
+    assert peak.allocated_bytes <= peak.reserved_bytes <= peak.device_bytes <= peak.upper_bytes
+    assert peak.allocated_bytes == max(chunk.peak_allocated_bytes for chunk in answer.chunks)
+    assert answer.chunks[peak.chunk_index].phase_peak_bytes[peak.phase] == peak.allocated_bytes
+    assert sum(chunk.num_parameters for chunk in answer.chunks) == answer.model.num_parameters
+    assert answer.fits == (peak.upper_bytes <= answer.capacity_bytes)
+    assert answer.tokens_per_second > 0
+
+
+def test_timeline_peaks_where_the_plan_does():
+    asked = request(num_chunks=5)
+    answer, course = plan(asked), timeline(asked)
+    assert course.plan_id == answer.id
+    assert max(point.allocated_bytes for point in course.points) == answer.peak.allocated_bytes
+    assert all(point.breakdown.total_bytes == point.allocated_bytes for point in course.points)
+    visited = list(dict.fromkeys(point.chunk_index for point in course.points))
+    assert visited == [4, 3, 2, 1, 0]
+    assert [point.seconds for point in course.points] == sorted(point.seconds for point in course.points)
+
+
+def test_same_request_same_plan():
+    first = plan(request())
+    again = plan(parse(PlanRequest, json.loads(first.request.model_dump_json())))
+    assert again == first
+    assert plan(request(seq_len=65)).id != first.id
+    assert plan(request(gpu="rtx-3090")).id != first.id
+
+
+def test_more_chunks_never_raise_the_states():
+    training = {"switch_every": 3, "order": "descending"}
+    planner = Planner(request(schedule={"num_chunks": 1, **training}))
+    footprints = planner.footprints(planner.request.training)
+    states = [
+        max(footprints.states_bytes(chunk) for chunk in partition(footprints.structure.parameters, num_chunks))
+        for num_chunks in (1, 2, 4, 8, 16, 32, 64)
+    ]
+    assert states == sorted(states, reverse=True)
+    assert states[-1] < states[0] / 16
+
+
+@pytest.mark.parametrize("training", [{}, {"activation_checkpointing": "none"}, {"loss": "standard"}])
+def test_more_tokens_never_lower_the_peak(training):
+    lengths = [plan(request(seq_len=n, **training)).peak.allocated_bytes for n in (1, 2, 63, 64, 65, 256, 1000)]
+    batches = [plan(request(micro_batch_size=n, **training)).peak.allocated_bytes for n in (1, 2, 3, 8, 32)]
+    assert lengths == sorted(lengths)
+    assert batches == sorted(batches)
+
+
+def test_checkpointing_and_fused_loss_save_memory():
+    def peak(**changes):
+        return plan(request(seq_len=512, **changes)).peak.allocated_bytes
+
+    assert peak() < peak(activation_checkpointing={"layers": [0, 1, 2]}) < peak(activation_checkpointing="none")
+    assert peak() < peak(loss="standard")
+
+
+def test_too_small_a_limit_names_the_nearest_schedule_that_fits():
+    full = plan(request(method="full", schedule="auto"))
+    finest = plan(request(num_chunks=128))
+    limit = (full.peak.upper_bytes + finest.peak.upper_bytes) // 2
+    refused = plan(request(num_chunks=1, memory_limit_bytes=limit))
+    assert not refused.fits
+    assert refused.capacity_bytes == limit
+    (nearest,) = refused.alternatives
+    assert nearest.fits
+    assert nearest.peak.upper_bytes <= limit < refused.peak.upper_bytes
+    assert nearest.schedule.num_chunks > 1
+    assert plan(request(schedule=nearest.schedule.model_dump(), memory_limit_bytes=limit)).fits
+
+
+def test_when_nothing_fits_the_plan_says_by_how_much():
+    answer = plan(request("rtx-3060-12gb", model="llama-3-8b", seq_len=1024, num_chunks=32))
+    assert not answer.fits
+    (nearest,) = answer.alternatives
+    assert not nearest.fits
+    missing = int(nearest.why.split(", ")[-1].split()[0])
+    assert missing > answer.model.parameter_bytes - answer.capacity_bytes > 2**30
+
+
+def test_auto_finds_a_schedule_that_fits():
+    answer = plan(request("rtx-4090", model="smollm2-135m", schedule="auto", seq_len=256))
+    assert answer.fits
+    assert isinstance(answer.schedule, ScheduleSpec)
+    assert len(answer.chunks) == answer.schedule.num_chunks
+
+
+CACHED = """
+import sys, time
+from planner import PlanRequest, plan
+begin = time.process_time()
+answer = plan(PlanRequest.model_validate_json(sys.argv[1]))
+assert not {"torch", "transformers"} & set(sys.modules), "a cached plan imported torch"
+print(answer.id, answer.peak.upper_bytes, time.process_time() - begin)
+"""
+
+
+def test_cached_plan_needs_no_torch_in_a_new_process():
+    asked = request(model="smollm2-135m", seq_len=128)
+    answer = plan(asked)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED, asked.model_dump_json()],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=60,
+    )
+    seconds = time.perf_counter() - begin
+    assert done.returncode == 0, done.stderr
+    plan_id, upper_bytes, cpu_seconds = done.stdout.split()
+    assert (plan_id, int(upper_bytes)) == (answer.id, answer.peak.upper_bytes)
+    assert float(cpu_seconds) < 2
+    assert seconds < 20  # the wall clock of a machine that runs other tests too
