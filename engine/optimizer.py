@@ -24,7 +24,7 @@ from engine.schedule import Visit
 from engine.spec import Master, Optimizer, StateDtype
 
 BLOCK_NUMEL = 4 * 2**20
-"""Elements that are updated at a time: AdamW's fp32 states of a block take 32 MiB, a bf16 weight's fp32 temporaries 48 MiB."""
+"""Elements updated at a time: AdamW's fp32 states of a block take 32 MiB, a bf16 weight's temporaries 48 MiB."""
 
 BlockKey = tuple[int, int]
 """Ordinal of the slice within its chunk, and first element of the block within the slice."""
@@ -32,7 +32,7 @@ BlockKey = tuple[int, int]
 
 @dataclass(slots=True)
 class BlockStates:
-    """What is kept for one block of weights, [numel] each: moments in the state data type, the int16 residual or the fp32 master."""
+    """What is kept for a block of weights, [numel] each: moments, and the int16 residual or the fp32 master."""
 
     moments: list[Tensor]
     residual: Tensor | None = None
@@ -56,7 +56,7 @@ class BlockStates:
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: its own number of updates, the run's number of its last one, its blocks' states where they live now."""
+    """One chunk's states: how often it was updated, the run's number of its last update, and its blocks' states."""
 
     num_updates: int = 0
     last_update: int = -1

@@ -9,7 +9,7 @@ _LOW_HALF = 2**16
 
 
 def stochastic_round_(exact: Tensor) -> Tensor:
-    """Round fp32 to bf16 values in place, up or down with probability proportional to the distance. Returns ``exact``."""
+    """Round fp32 to bf16 values in place, up or down, so that the mean is exact. Returns ``exact``."""
     bits = exact.view(torch.int32)
     noise = torch.randint(0, _LOW_HALF, bits.shape, dtype=torch.int32, device=bits.device)
     # The low half is cut off after the noise was added: a carry into the high half is rounding up.

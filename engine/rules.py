@@ -32,7 +32,7 @@ DEFAULT_BETAS = dict.fromkeys(Optimizer, (0.9, 0.999)) | {Optimizer.LION: (0.9, 
 """What is usual for each rule."""
 
 UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor], int, float, HyperParameters], None]
-"""``rule(weight, gradient, moments, count, lr, hyper)``: in place; fp32, [numel] each; the gradient may be overwritten."""
+"""``rule(weight, gradient, moments, count, lr, hyper)``: in place; fp32, [numel] each."""
 
 
 def _adamw(
@@ -54,7 +54,7 @@ def _decay_(weight: Tensor, lr: float, hyper: HyperParameters) -> None:
 def _lion(
     weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], count: int, lr: float, hyper: HyperParameters
 ) -> None:
-    """Sign of the interpolated momentum. Source: Chen et al., arXiv 2302.06675, algorithm 2; its beta2 default is 0.99."""
+    """Sign of the interpolated momentum. Source: Chen et al., arXiv 2302.06675, algorithm 2."""
     (momentum,) = moments
     _decay_(weight, lr, hyper)
     weight.add_(momentum.lerp(gradient, 1.0 - hyper.beta1).sign_(), alpha=-lr)

@@ -88,8 +88,8 @@ class ScheduleSpec(SpecModel):
     state_dtype: StateDtype = StateDtype.FP32
     """bf16 states are rounded stochastically."""
     master: Master = Master.NONE
-    """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long as the chunk is
-    visited, rounded once on leaving. ``residual``: an exact fp32 master, whose low 16 bits are kept with the states."""
+    """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long as the
+    chunk is visited. ``residual``: an exact fp32 master, whose low 16 bits are kept on the host for ever."""
     expansion: Literal["none"] = "none"
 
 

@@ -86,9 +86,15 @@ class ChunkFT:
         rule = Optimizer(optimizer)
         self.optimizer = ChunkOptimizer(
             OptimizerConfig(
-                weight_decay, *(betas or DEFAULT_BETAS[rule]), eps, rule, max_grad_norm, states,
-                StateDtype(state_dtype), Master(master),
-            )  # fmt: skip
+                weight_decay,
+                *(betas or DEFAULT_BETAS[rule]),
+                eps,
+                rule,
+                max_grad_norm,
+                states,
+                StateDtype(state_dtype),
+                Master(master),
+            )
         )
         self.num_updates = 0
         self.lr: Callable[[int], float] = lr if callable(lr) else lambda _: lr

@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from engine.chunks import Chunk
 from engine.spec import ScheduleSpec, TrainingSpec
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from planner.trace import ModelTracer
 
 _TRACED_CODE = {
-    "engine": ("checkpointing", "cut", "gradients", "loss", "models", "optimizer", "rounding", "rules", "step", "stream"),
+    "engine": (
+        "checkpointing",
+        "cut",
+        "gradients",
+        "loss",
+        "models",
+        "optimizer",
+        "rounding",
+        "rules",
+        "step",
+        "stream",
+    ),
     "planner": ("kernels", "memory", "overheads", "segments", "structure", "trace", "update"),
 }
 

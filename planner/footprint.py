@@ -40,10 +40,11 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One kind of update within a visit: whether the states come with it and whether they leave with it."""
+    """One kind of update within a visit: whether the states come with it, whether they leave, how many there are."""
 
     comes: bool
     leaves: bool
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,11 @@ class ChunkFootprint:
 
     chunk: Chunk
     moments: tuple[Moment, ...]
+    """Of the kind of update whose peak is the highest."""
+    phase_peak_bytes: dict[str, int]
+    """Highest allocated bytes of each phase over all kinds of update."""
     seconds: float
+    """Mean over the updates of a visit."""
     trace: StepTrace
     runs: tuple[LayerRun, ...]
 
@@ -61,19 +66,13 @@ class ChunkFootprint:
         """The highest moment of the step."""
         return max(self.moments, key=lambda moment: moment.allocated_bytes)
 
-    def phase_peaks(self) -> dict[str, int]:
-        """Highest allocated bytes of each phase."""
-        peaks: dict[str, int] = {}
-        for moment in self.moments:
-            peaks[moment.phase] = max(peaks.get(moment.phase, 0), moment.allocated_bytes)
-        return peaks
-
 
 def updates_of_visit(schedule: ScheduleSpec) -> list[Update]:
     """The distinct kinds of update of a visit."""
     if schedule.switch_every == 1:
         return [Update(True, True)]
-    middle = [Update(False, False)] if schedule.switch_every > 2 else []
+    num_middle = schedule.switch_every - 2
+    middle = [Update(False, False, num_middle)] if num_middle else []
     return [Update(True, False), *middle, Update(False, True)]
 
 
@@ -107,10 +106,17 @@ class Footprints:
         trace = self.store.step(chunk, roles)
         numels = [piece.numel for piece in chunk.slices]
         summaries = summarise(trace, runs, numels, self.training.precision.itemsize, self.granularity)
-        variants = [self._moments(chunk, summaries, schedule, update) for update in updates_of_visit(schedule)]
-        moments, _ = max(variants, key=lambda variant: max(m.allocated_bytes for m in variant[0]))
-        seconds = sum(seconds for _, seconds in variants) / len(variants)
-        return ChunkFootprint(chunk, tuple(moments), seconds, trace, runs)
+        phase_peaks: dict[str, int] = {}
+        highest: list[Moment] = []
+        total_seconds = 0.0
+        for update in updates_of_visit(schedule):
+            moments, seconds = self._moments(chunk, summaries, schedule, update)
+            total_seconds += seconds * update.count
+            highest = max(highest, moments, key=lambda items: max((m.allocated_bytes for m in items), default=0))
+            for moment in moments:
+                phase_peaks[moment.phase] = max(phase_peaks.get(moment.phase, 0), moment.allocated_bytes)
+        mean_seconds = total_seconds / schedule.switch_every
+        return ChunkFootprint(chunk, tuple(highest), phase_peaks, mean_seconds, trace, runs)
 
     def update_trace(self, numel: int, schedule: ScheduleSpec, update: Update) -> StepTrace:
         """The optimizer's work on one slice."""

@@ -203,7 +203,7 @@ def _chunk_plan(planner: Planner, chosen: Evaluation, footprint: ChunkFootprint)
         first_parameter=names[pieces[0].index].name,
         last_parameter=names[pieces[-1].index].name,
         peak_allocated_bytes=footprint.peak.allocated_bytes + workspaces,
-        phase_peak_bytes={phase: peak + workspaces for phase, peak in footprint.phase_peaks().items()},
+        phase_peak_bytes={phase: peak + workspaces for phase, peak in footprint.phase_peak_bytes.items()},
         step_seconds=footprint.seconds,
     )
 

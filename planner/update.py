@@ -24,7 +24,8 @@ def trace_update(
     Args:
         device_kind: decides which kernels run.
         numel: elements of the slice.
-        training, schedule: decide the rule, its states and the weights' precision.
+        training: decides the rule and the weights' precision.
+        schedule: decides what is kept, how, and where.
         comes: the states come to the device with this update.
         leaves: they leave with it.
     """
