@@ -85,7 +85,7 @@ OptionalText = Annotated[str | None, Query(max_length=4096, pattern=r"^[^\x00]*$
 
 def newest_first(
     session: Session,
-    statement: Select[tuple[Row]],
+    statement: Select[Row],
     created_at: InstrumentedAttribute[Any],
     identifier: InstrumentedAttribute[str],
     window: Window,
@@ -96,7 +96,8 @@ def newest_first(
         InputError: ``after`` names no row.
     """
     if window.after is not None:
-        known = session.get(identifier.class_, window.after) if is_well_formed(window.after) else None
+        table: Any = identifier.class_
+        known = session.get(table, window.after) if is_well_formed(window.after) else None
         if known is None:
             raise InputError("after", f"there is nothing with the id {window.after!r}")
         statement = statement.where(tuple_(created_at, identifier) < (known.created_at, known.id))
@@ -105,7 +106,7 @@ def newest_first(
 
 
 def by_number(
-    session: Session, statement: Select[tuple[Row]], number: InstrumentedAttribute[int], window: Window
+    session: Session, statement: Select[Row], number: InstrumentedAttribute[int], window: Window
 ) -> tuple[list[Row], bool]:
     """One page of numbered rows, in their order, and whether there are more."""
     statement = statement.where(number > window.number()).order_by(number).limit(window.limit + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Annotated, Any
 
 import httpx
@@ -23,7 +24,7 @@ _MAX_RECONNECTS = 60
 
 
 class Client:
-    """One service.
+    """One service; a context manager.
 
     Args:
         url: its address, without ``/v1``.
@@ -37,6 +38,14 @@ class Client:
             self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(_PLAN_SECONDS, connect=5.0))
         except (httpx.InvalidURL, ValueError) as error:
             raise CommandError(f"url: {self.url!r} is not an address: {error}", USAGE) from error
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
 
     def get(self, path: str, **query: Any) -> Any:
         """The JSON at a path.

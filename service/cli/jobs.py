@@ -10,7 +10,7 @@ import typer
 
 from service.cli.client import DEFAULT_URL, Client, UrlOption
 from service.cli.exits import DOES_NOT_FIT, FAILED, CommandError
-from service.cli.output import JsonOption, console, duration, gibibytes, number, print_json, print_table
+from service.cli.output import JsonOption, console, duration, gibibytes, moment, number, print_json, print_table
 from service.cli.progress import progress_view
 from service.cli.requests import read_job_file
 
@@ -29,18 +29,18 @@ def submit(
 ) -> None:
     """Submit a job to the service. Exit code 3 when it does not fit."""
     request = read_job_file(file)
-    client = Client(url)
     body = request.model_dump(mode="json", exclude_unset=True)
-    answer = client.post("/v1/jobs", body, **({"dry_run": "true"} if dry_run else {}))
-    if as_json:
-        print_json(answer)
-    elif dry_run:
-        need, have = gibibytes(answer["predicted_bytes"]), gibibytes(answer["available_bytes"])
-        console().print(f"would be admitted: up to {need} of {have} ({answer['plan_id']})")
-    else:
-        console().print(f"{answer['id']} is {answer['state']} ({answer['plan_id']})")
-    if watch and not dry_run:
-        follow(client, answer["id"], as_json=as_json)
+    with Client(url) as client:
+        answer = client.post("/v1/jobs", body, **({"dry_run": "true"} if dry_run else {}))
+        if as_json:
+            print_json(answer)
+        elif dry_run:
+            need, have = gibibytes(answer["predicted_bytes"]), gibibytes(answer["available_bytes"])
+            console().print(f"would be admitted: up to {need} of {have} ({answer['plan_id']})")
+        else:
+            console().print(f"{answer['id']} is {answer['state']} ({answer['plan_id']})")
+        if watch and not dry_run:
+            follow(client, answer["id"], as_json=as_json)
 
 
 @app.command("list")
@@ -52,7 +52,8 @@ def list_jobs(
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, newest first."""
-    jobs = list(Client(url).pages("/v1/jobs", limit, state=state, model=model))
+    with Client(url) as client:
+        jobs = list(client.pages("/v1/jobs", limit, state=state, model=model))
     if as_json:
         print_json(jobs)
         return
@@ -64,7 +65,7 @@ def list_jobs(
             job["model"],
             _steps(job),
             number(job["progress"]["loss"]),
-            job["created_at"],
+            moment(job["created_at"]),
         )
         for job in jobs
     ]
@@ -74,9 +75,9 @@ def list_jobs(
 @app.command()
 def show(job: JobArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """Show one job and its attempts."""
-    client = Client(url)
-    found = client.get(f"/v1/jobs/{job}")
-    attempts = list(client.pages(f"/v1/jobs/{job}/attempts"))
+    with Client(url) as client:
+        found = client.get(f"/v1/jobs/{job}")
+        attempts = list(client.pages(f"/v1/jobs/{job}/attempts"))
     if as_json:
         print_json({**found, "attempts": attempts})
         return
@@ -90,8 +91,8 @@ def show(job: JobArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = F
         "updates": _steps(found),
         "loss": number(found["progress"]["loss"]),
         "time left": duration(found["progress"]["eta_seconds"]),
-        "created": found["created_at"],
-        "finished": found["finished_at"],
+        "created": moment(found["created_at"]),
+        "finished": moment(found["finished_at"]),
     }
     print_table(f"{found['name']} ({found['id']})", ["", ""], [(name, value) for name, value in facts.items() if value])
     rows = [
@@ -104,13 +105,15 @@ def show(job: JobArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = F
 @app.command()
 def watch(job: JobArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """Follow a job to its end; exit code 1 when it does not succeed. With --json, one event per line."""
-    follow(Client(url), job, as_json=as_json)
+    with Client(url) as client:
+        follow(client, job, as_json=as_json)
 
 
 def _verb(name: str, done: str) -> None:
     @app.command(name)
     def change(job: JobArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
-        answer = Client(url).post(f"/v1/jobs/{job}/{name}")
+        with Client(url) as client:
+            answer = client.post(f"/v1/jobs/{job}/{name}")
         if as_json:
             print_json(answer)
         else:

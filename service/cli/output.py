@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_PLAIN_WIDTH = 120
+_PLAIN_WIDTH = 160
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -66,6 +66,11 @@ def duration(seconds: float | None) -> str:
 def number(value: float | None, digits: int = 4) -> str:
     """A rounded number; ``-`` when there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def moment(time: str | None) -> str:
+    """An RFC 3339 time to the minute, UTC: ``2026-11-23 00:11``; ``-`` when there is none."""
+    return "-" if time is None else time[:16].replace("T", " ")
 
 
 def percent(value: float | None) -> str:

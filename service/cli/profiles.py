@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from service.cli.client import DEFAULT_URL, Client, UrlOption
-from service.cli.output import JsonOption, console, duration, gibibytes, percent, print_json, print_table
+from service.cli.output import JsonOption, console, duration, gibibytes, moment, percent, print_json, print_table
 from service.cli.residual_view import print_residuals
 
 app = typer.Typer(help="What finished jobs measured, against their plans.", no_args_is_help=True)
@@ -24,7 +24,8 @@ def list_profiles(
     as_json: JsonOption = False,
 ) -> None:
     """List profiles, newest first."""
-    profiles = list(Client(url).pages("/v1/profiles", limit, model=model, gpu=gpu))
+    with Client(url) as client:
+        profiles = list(client.pages("/v1/profiles", limit, model=model, gpu=gpu))
     if as_json:
         print_json(profiles)
         return
@@ -36,7 +37,7 @@ def list_profiles(
             gibibytes(item["predicted_peak_bytes"]),
             gibibytes(item["measured_peak_bytes"]),
             percent(item["mean_error"]),
-            item["created_at"],
+            moment(item["created_at"]),
         )
         for item in profiles
     ]
@@ -46,9 +47,9 @@ def list_profiles(
 @app.command()
 def show(profile: ProfileArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """Show one profile: predicted against measured, chunk by chunk."""
-    client = Client(url)
-    found = client.get(f"/v1/profiles/{profile}")
-    residuals = list(client.pages(f"/v1/profiles/{profile}/residuals"))
+    with Client(url) as client:
+        found = client.get(f"/v1/profiles/{profile}")
+        residuals = list(client.pages(f"/v1/profiles/{profile}/residuals"))
     if as_json:
         print_json({**found, "residuals": residuals})
         return
@@ -63,8 +64,8 @@ def compare(
     first: ProfileArgument, second: ProfileArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False
 ) -> None:
     """Put two profiles side by side."""
-    client = Client(url)
-    found = [client.get(f"/v1/profiles/{identity}") for identity in (first, second)]
+    with Client(url) as client:
+        found = [client.get(f"/v1/profiles/{identity}") for identity in (first, second)]
     if as_json:
         print_json(found)
         return

@@ -26,7 +26,9 @@ from service.cli.output import console, duration, mebibytes, number, percent
 from service.cli.plan_view import print_plan
 from service.cli.residual_view import print_residuals
 from service.demo.assets import AssetError, prepare_chats, prepare_model
+from service.jobs.states import JobState
 
+JOB_NAME = "soc-codes"
 NUM_CHUNKS = 8
 MAX_STEPS = 32
 # Chats of this set are 60 to 104 tokens long: every batch is 128 wide, which is what the plan is for.
@@ -54,6 +56,9 @@ def main() -> int:
     except (AssetError, CommandError) as error:
         print(f"make run: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("make run: interrupted", file=sys.stderr)
+        return 1
     console().print(f"\n{'everything held' if holds else 'not everything held'}, {duration(time.monotonic() - begin)}")
     return 0 if holds else 1
 
@@ -63,8 +68,8 @@ def _run(var: Path) -> bool:
     model = prepare_model(var)
     chats = prepare_chats(var)
     console().print(f"{model}\n{chats}")
-    with _service(var) as url:
-        client = Client(url)
+    with _service(var) as url, Client(url) as client:
+        _cancel_unfinished(client)
         _head("2. Plan")
         request = {"model": {"path": str(model)}, "gpu": "cpu", "training": TRAINING}
         plan = client.post("/v1/plans", request)
@@ -74,7 +79,7 @@ def _run(var: Path) -> bool:
             "/v1/jobs",
             {
                 **request,
-                "name": "soc-codes",
+                "name": JOB_NAME,
                 "training": {**TRAINING, **RATES},
                 "dataset": {"path": str(chats)},
                 "plan_id": plan["id"],
@@ -84,6 +89,13 @@ def _run(var: Path) -> bool:
         job = follow(client, job["id"], as_json=False)
         _head("4. Predicted against measured")
         return _judge(client, job)
+
+
+def _cancel_unfinished(client: Client) -> None:
+    """An earlier run that was interrupted would be resumed first, as the service promises: nobody waits for it now."""
+    for job in client.pages("/v1/jobs"):
+        if job["name"] == JOB_NAME and not JobState(job["state"]).is_final:
+            client.post(f"/v1/jobs/{job['id']}/cancel")
 
 
 def _judge(client: Client, job: dict[str, Any]) -> bool:
@@ -121,8 +133,8 @@ def _service(var: Path) -> Iterator[str]:
         for name, value in os.environ.items()
         if not name.startswith("CHUNKPLAN_") or name == "CHUNKPLAN_CACHE_DIR"
     }
-    # Threads that wait for each other sleep instead of spinning: on a machine that is busy with something else, training
-    # would otherwise be several times slower.
+    # Threads that wait for each other sleep instead of spinning: on a busy machine training would otherwise be several
+    # times slower.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | kept
     log = var / "service.log"
     with log.open("wb") as output:
@@ -141,16 +153,17 @@ def _service(var: Path) -> Iterator[str]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    client, deadline = Client(url), time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise CommandError(f"the service ended with code {process.returncode}; see {log}")
-        try:
-            client.get("/readyz")
-        except Unreachable:
-            time.sleep(0.1)
-        else:
-            return
+    deadline = time.monotonic() + _START_SECONDS
+    with Client(url) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise CommandError(f"the service ended with code {process.returncode}; see {log}")
+            try:
+                client.get("/readyz")
+            except Unreachable:
+                time.sleep(0.1)
+            else:
+                return
     raise CommandError(f"the service did not start within {_START_SECONDS:.0f} seconds; see {log}")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, update
+from sqlalchemy import CursorResult, delete, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -81,7 +81,9 @@ class IdempotencyKeys:
             .where(IdempotencyRow.key == claim.key, IdempotencyRow.claim == claim.claim)
             .values(status_code=answer.status_code, location=answer.location, response=answer.body)
         )
-        if session.execute(statement).rowcount != 1:
+        result = session.execute(statement)
+        assert isinstance(result, CursorResult)
+        if result.rowcount != 1:
             raise Conflict("idempotency_claim_lost", "this request took too long and another one took its key")
 
     def release(self, claim: Claim) -> None:

@@ -26,7 +26,11 @@ def test_stopping_the_server_checkpoints_and_requeues(start_server, server, data
     job_id = submit(server, dataset)
     server.wait_for_events(job_id, "step", 3)
     (trainer,) = server.trainers()
-    server.stop()
+    with server.http.stream("GET", f"/v1/jobs/{job_id}/events/stream") as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.stop()
+        assert list(lines), "the stream is brought to its end, not broken off"
     assert gone(trainer)
     restarted = start_server()
     (second, *_) = restarted.wait_for_events(job_id, "started", 2)[1:]

@@ -70,20 +70,18 @@ class LiveServer:
         """What kill -9 does."""
         self._process.kill()
         self._process.wait()
-        self.http.close()
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(timeout=90)
-        self.http.close()
-        return code
+        return self._process.wait(timeout=90)
 
     def close(self) -> None:
         """Stops the server if it still runs, as it should be."""
         if self._process.poll() is None:
             code = self.stop()
             assert code in {0, -signal.SIGTERM}, self._log.read_text()
+        self.http.close()
 
     def get(self, path: str, **parameters: Any) -> Any:
         """The JSON answer of a GET."""

@@ -1,0 +1,55 @@
+"""Settings: from the environment or a file, refused when they are dangerous or wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _only_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults_are_for_one_person_on_one_machine(tmp_path):
+    settings = Settings()
+    assert settings.database_url == f"sqlite:///{tmp_path}/var/chunkplan.db"
+    assert settings.models_dir == tmp_path / "var" / "models"
+    assert (settings.host, settings.port) == ("127.0.0.1", 8321)
+
+
+def test_the_environment_wins_over_the_file(monkeypatch, tmp_path):
+    file = tmp_path / "chunkplan.toml"
+    file.write_text('port = 9000\nmodel_roots = ["/models"]\n')
+    monkeypatch.setenv("CHUNKPLAN_SETTINGS_FILE", str(file))
+    assert Settings().port == 9000
+    monkeypatch.setenv("CHUNKPLAN_PORT", "9001")
+    settings = Settings()
+    assert settings.port == 9001
+    assert [str(root) for root in settings.model_roots] == ["/models"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
+def test_an_open_host_is_refused_unless_the_network_is_closed(host):
+    with pytest.raises(ValidationError, match="loopback"):
+        Settings(host=host)
+    assert Settings(host=host, trusted_network=True).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_needs_no_permission(host):
+    assert Settings(host=host).host == host
+
+
+def test_a_server_with_a_wrong_setting_says_which_and_exits_2(monkeypatch):
+    monkeypatch.setenv("CHUNKPLAN_DATABASE_URL", "mysql://nowhere")
+    answer = subprocess.run([sys.executable, "-m", "service.serve"], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("CHUNKPLAN_DATABASE_URL: ")
+    assert "Traceback" not in answer.stderr

@@ -1,0 +1,104 @@
+"""``chunkplan train``: a job file, no server."""
+
+import json
+import signal
+
+import pytest
+
+from tests.support.waiting import wait_for
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture
+def job_file(tmp_path, dataset):
+    def write(**changes):
+        job = {
+            "name": "sums",
+            "model": MODEL,
+            "training": {
+                "seq_len": 64,
+                "micro_batch_size": 2,
+                "precision": "fp32",
+                "learning_rate": 1e-2,
+                "max_steps": 8,
+                "schedule": {"num_chunks": 4},
+            },
+            "dataset": {"path": str(dataset), "eval_fraction": 0.1},
+        }
+        for name, value in changes.items():
+            job[name] = {**job[name], **value} if isinstance(value, dict) and name in job else value
+        path = tmp_path / "job.json"
+        path.write_text(json.dumps(job))
+        return path
+
+    return write
+
+
+def test_a_job_is_planned_trained_and_compared(chunkplan, in_process, job_file, tmp_path):
+    done = chunkplan("train", job_file())
+    assert done.returncode == 0, done.stderr
+    assert "started: 8 updates over 4 chunks" in done.stdout
+    assert "held-out loss" in done.stdout
+    assert "Peak memory by chunk" in done.stdout
+    assert "tensors updated: 38 of 38" in done.stdout
+    assert (tmp_path / "var" / "runs" / "sums" / "artifacts" / "sums" / "model.safetensors").is_file()
+    again = in_process("train", job_file())
+    assert again.returncode == 2
+    assert "run_dir: this job has finished in" in again.stderr
+    other = in_process("train", job_file(training={"max_steps": 9}))
+    assert other.returncode == 2
+    assert "holds another job" in other.stderr
+
+
+def test_json_carries_the_outcome(chunkplan, job_file, tmp_path):
+    done = chunkplan("train", job_file(), "--run-dir", tmp_path / "run", "--json")
+    outcome = json.loads(done.stdout)
+    assert outcome["evaluations"][-1]["loss"] < outcome["evaluations"][0]["loss"]
+    assert outcome["coverage"]["not_updated"] == []
+    steps = [item for item in outcome["residuals"] if item["phase"] == "step"]
+    assert [step["chunk_index"] for step in steps] == [0, 1, 2, 3]
+
+
+def test_an_interrupted_run_is_resumed_by_the_same_command(chunkplan, job_file, tmp_path):
+    path = job_file(training={"max_steps": 400, "checkpoint_every": 400})
+    events = tmp_path / "var" / "runs" / "sums" / "attempts" / "1" / "events.jsonl"
+    process = chunkplan.start("train", path)
+    wait_for(lambda: events.exists() and '"type": "step"' in events.read_text(), "the first update", 90)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "chunkplan: stopped after update " in errors
+    resumed = chunkplan("train", path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after update" in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "gpt2"}, "model: the weights of 'gpt2' are not in "),
+        ({"gpu": "rtx-4090"}, "gpu: there is no device here to run 'rtx-4090' on"),
+        ({"gpu": {"name": "x"}}, "gpu.memory_bytes: Field required"),
+        ({"dataset": {"path": "nowhere.jsonl"}}, "dataset.path: "),
+        ({"dataset": {"path": None, "file_id": "file_x"}}, "dataset.file_id: uploads belong to a service"),
+        ({"training": {"colour": "red"}}, "training.colour: "),
+    ],
+)
+def test_bad_jobs_are_refused_by_field(in_process, job_file, changes, message):
+    done = in_process("train", job_file(**changes))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"chunkplan: {message}")
+    assert "Traceback" not in done.stderr
+
+
+def test_what_only_the_trainer_can_see_is_refused_by_field_too(chunkplan, job_file):
+    done = chunkplan("train", job_file(training={"seq_len": 8}))
+    assert done.returncode == 2
+    assert done.stderr == "chunkplan: dataset.path: none of the 64 rows has a token to train within seq_len 8\n"
+
+
+def test_a_file_that_is_no_job(in_process, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    assert "chunkplan: file: " in in_process("train", tmp_path / "bad.json").stderr
+    assert in_process("train", tmp_path / "missing.json").returncode == 2
