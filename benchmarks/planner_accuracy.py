@@ -90,9 +90,10 @@ class Measured:
 def case(model: str, num_chunks: int = 6, switch_every: int = 1, states: str = "keep", **training: Any) -> Case:
     """A case with the grid's defaults: fp32, 2 sequences of 128 tokens, full checkpointing, fused loss."""
     asked = {"seq_len": 128, "micro_batch_size": 2, "precision": "fp32", **training}
+    kept = {key: asked.pop(key) for key in ("state_dtype", "master") if key in asked}
     if model == "gemma2":
         asked["attention"] = "eager"
-    schedule = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states}
+    schedule = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states, **kept}
     changes = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states, **training}
     name = " ".join([model, *(f"{key}={value}" for key, value in changes.items())])
     return Case(name, model, TrainingSpec.model_validate({**asked, "schedule": schedule}))
@@ -151,15 +152,9 @@ def measure(config: dict[str, Any], training: TrainingSpec, num_cycles: int = 1)
 
 
 def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, profiler: CpuProfiler) -> list[Measured]:
-    schedule = training.schedule
-    assert schedule != "auto"
     with profiler.step(), profiler.phase("load"):
         model = build(config, training)
-    tuner = ChunkFT(
-        model, schedule.num_chunks, order=schedule.order, switch_every=schedule.switch_every, states=schedule.states,
-        max_grad_norm=training.max_grad_norm, loss=training.loss,
-        activation_checkpointing=training.activation_checkpointing, observer=profiler,
-    )  # fmt: skip
+    tuner = ChunkFT.of(training, model, observer=profiler)
     generator, shape = torch.Generator().manual_seed(0), (training.micro_batch_size, training.seq_len)
     samples = []
     for _ in range(num_cycles * tuner.schedule.updates_per_cycle):

@@ -113,20 +113,11 @@ class Trainer:
             self.model = load_model(run.model_path, training.precision, training.attention, run.device)
         self.load_samples = self.profiler.samples
         self.base_digests = parameter_digests(self.model)
-        self.tuner = ChunkFT(
+        self.tuner = ChunkFT.of(
+            training,
             self.model,
-            self.schedule.num_chunks,
             self._learning_rate,
-            order=self.schedule.order,
-            switch_every=self.schedule.switch_every,
-            states=self.schedule.states,
-            state_dtype=self.schedule.state_dtype,
-            master=self.schedule.master,
-            optimizer=training.optimizer,
             weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            loss=training.loss,
-            activation_checkpointing=training.activation_checkpointing,
             seed=training.seed,
             observer=self.profiler,
         )

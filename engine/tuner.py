@@ -20,7 +20,7 @@ from engine.gradients import Activation, ActiveSlice
 from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rules import DEFAULT_BETAS
 from engine.schedule import Schedule, Visit
-from engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype
+from engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype, TrainingSpec
 from engine.step import (
     Observer,
     StepOptions,
@@ -104,6 +104,38 @@ class ChunkFT:
         self._active: list[ActiveSlice] = []
         self._prepared = ExitStack()
         self._prepared.enter_context(prepared(model, self.options))
+
+    @classmethod
+    def of(
+        cls,
+        training: TrainingSpec,
+        model: nn.Module,
+        lr: float | Callable[[int], float] = 2e-5,
+        *,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        observer: Observer | None = None,
+    ) -> Self:
+        """What a training spec with a fixed schedule asks for."""
+        schedule = training.schedule
+        assert schedule != "auto", "the planner resolves 'auto' before anything runs"
+        return cls(
+            model,
+            schedule.num_chunks,
+            lr,
+            order=schedule.order,
+            switch_every=schedule.switch_every,
+            states=schedule.states,
+            state_dtype=schedule.state_dtype,
+            master=schedule.master,
+            optimizer=training.optimizer,
+            weight_decay=weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            loss=training.loss,
+            activation_checkpointing=training.activation_checkpointing,
+            seed=seed,
+            observer=observer,
+        )
 
     @property
     def visit(self) -> Visit:

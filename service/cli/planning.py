@@ -31,7 +31,9 @@ def plan(
     switch_every: Annotated[int | None, typer.Option(help="Updates per visit of a chunk.")] = None,
     states: Annotated[str | None, typer.Option(help="Optimizer states between visits: keep or reset.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw.")] = None,
+    state_dtype: Annotated[str | None, typer.Option(help="How states are stored: fp32 or bf16.")] = None,
+    master: Annotated[str | None, typer.Option(help="Master of bf16 weights: none, residual or fp32.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, lion, sgd, adagrad or rmsprop.")] = None,
     checkpointing: Annotated[str | None, typer.Option(help="Activation checkpointing: full or none.")] = None,
     loss: Annotated[str | None, typer.Option(help="fused or standard.")] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
@@ -41,7 +43,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Predict a run's memory and time. Exit code 3 when it does not fit."""
-    schedule = {"num_chunks": chunks, "order": order, "switch_every": switch_every, "states": states}
+    schedule = {
+        "num_chunks": chunks,
+        "order": order,
+        "switch_every": switch_every,
+        "states": states,
+        "state_dtype": state_dtype,
+        "master": master,
+    }
     training = {
         "method": method,
         "seq_len": seq_len,

@@ -15,6 +15,10 @@ CASES = [
     case("llama", switch_every=2, states="reset", num_chunks=3, max_grad_norm=None),
     case("llama", num_chunks=1, precision="bf16", seq_len=512, micro_batch_size=1),
     case("qwen2", num_chunks=4, micro_batch_size=4, seq_len=64, activation_checkpointing={"layers": [0, 3]}),
+    case("llama", optimizer="lion", num_chunks=3, switch_every=2),
+    case("llama", precision="bf16", master="residual", state_dtype="bf16", num_chunks=3),
+    case("llama", precision="bf16", master="fp32", num_chunks=2, switch_every=3),
+    case("llama", precision="bf16", master="residual", optimizer="sgd", states="reset", num_chunks=2, switch_every=2),
     case("gpt2", num_chunks=4),
     case("gpt2", num_chunks=3, precision="bf16", activation_checkpointing="none"),
     case("gpt_neox", num_chunks=3, precision="bf16"),
@@ -35,8 +39,9 @@ def test_plan_predicts_the_allocators_record(item: Case):
 
 
 def test_plan_of_another_run_does_not_match():
-    """The comparison can fail: half the sequence length is another footprint."""
-    item, other = case("llama", num_chunks=2, activation_checkpointing="none"), case("llama", num_chunks=2, seq_len=64)
+    """The comparison can fail: an eighth of the sequence length is another footprint."""
+    item = case("llama", num_chunks=4, activation_checkpointing="none", seq_len=512)
+    other = case("llama", num_chunks=4, activation_checkpointing="none", seq_len=64)
     answer = plan(PlanRequest(model={"config": CONFIGS["llama"]}, gpu="cpu", training=other.training))
     measured = max(sample.allocated_bytes for sample in measure(CONFIGS["llama"], item.training))
-    assert answer.peak.allocated_bytes < 0.95 * measured
+    assert answer.peak.allocated_bytes < 0.8 * measured
