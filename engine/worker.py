@@ -1,4 +1,4 @@
-"""Runs one training attempt: ``python -m engine.worker --run-dir RUN --attempt N [--lock-file FILE]``.
+"""Runs one training attempt, as ``python -m engine.worker --run-dir RUN --attempt N``.
 
 docs/architecture.md describes the protocol: RUN/job.json in, RUN/attempts/N/events.jsonl out, exit codes, signals.
 """
@@ -56,9 +56,8 @@ class StopRequest:
         return self.requested
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies (Linux), and make sure that it had not died before."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when process ``parent`` dies (Linux), and make sure that it had not died before."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -119,9 +118,10 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
     parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")
     parser.add_argument("--lock-file", type=Path, help="exclusive lock of the device")
+    parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="process that must outlive the attempt")
     arguments = parser.parse_args()
     stop = StopRequest()
-    die_with_parent()
+    die_with_parent(arguments.parent_pid)
     lock = lock_device(arguments.lock_file) if arguments.lock_file else None
     if arguments.lock_file and lock is None:
         print("the device is in use by another trainer", file=sys.stderr)

@@ -41,6 +41,7 @@ class LocalExecution:
         lock_file = self._locks_dir / f"{launch.device.replace(':', '-')}.lock"
         command = [sys.executable, "-P", "-m", "engine.worker", "--run-dir", str(launch.run_dir)]
         command += ["--attempt", str(launch.number), "--lock-file", str(lock_file)]
+        command += ["--parent-pid", str(os.getpid())]
         with (attempt_dir / "log.txt").open("ab") as log_file:
             process = subprocess.Popen(
                 command,
