@@ -8,7 +8,9 @@ sources.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -179,6 +181,17 @@ def reset_host_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def trim_host_memory() -> None:
+    """Give what the C library keeps of freed memory back to the system (glibc; elsewhere nothing happens).
+
+    Blocks of changing sizes leave holes in the heap: 0.4 GiB were measured after eight chunks of a model of 90 M
+    parameters on the CPU.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def host_peak_bytes() -> int:

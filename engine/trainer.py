@@ -19,10 +19,10 @@ from torch import Tensor
 from engine.checkpoint import resume, save_checkpoint
 from engine.coverage import parameter_digests, updated_share
 from engine.data import Batches, DatasetSplits, Example, collate, load_dataset
-from engine.export import ModelCard, export_model
+from engine.export import ModelCard, base_license, export_model
 from engine.files import sha256_text
 from engine.models import check_model_folder, load_model, load_tokenizer, pad_token_id
-from engine.profiler import Sample, profiler_for
+from engine.profiler import Sample, profiler_for, trim_host_memory
 from engine.schedule import rate_factor
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
@@ -63,6 +63,8 @@ class Trainer:
         self.stop_requested = stop_requested
         self.evaluations: list[Evaluation] = []
         self.peak_allocated_bytes = 0
+        self.first_step = 0
+        self.training_seconds = 0.0
 
     def train(self) -> str:
         """Train to the end or to a requested stop; returns ``completed`` or ``stopped``.
@@ -112,6 +114,7 @@ class Trainer:
         with self.profiler.step(), self.profiler.phase("load"):
             self.model = load_model(run.model_path, training.precision, training.attention, run.device)
         self.load_samples = self.profiler.samples
+        trim_host_memory()
         self.base_digests = parameter_digests(self.model)
         self.tuner = ChunkFT.of(
             training,
@@ -143,6 +146,7 @@ class Trainer:
             self.report("warning", detail=f"checkpoint passed over: {sentence}")
         self.evaluations = [Evaluation(*pair) for pair in resumed.notes.get("evaluations", [])]
         self.peak_allocated_bytes = resumed.notes.get("peak_allocated_bytes", 0)
+        self.first_step = resumed.step
         return resumed.step
 
     def _update(self) -> None:
@@ -162,7 +166,9 @@ class Trainer:
                 raise Diverged(f"gradient norm is {norm} at update {tuner.num_updates}, chunk {visit.chunk_index}")
             num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
             del micro_batches
+        trim_host_memory()
         seconds = time.perf_counter() - begin
+        self.training_seconds += seconds
         samples, self.load_samples = [*self.load_samples, *self.profiler.samples], []
         self._report_step(visit.chunk_index, visit.cycle, loss, rate, norm, num_tokens, seconds, samples)
 
@@ -233,7 +239,7 @@ class Trainer:
             grad_norm=norm,
             num_tokens=num_tokens,
             seconds=seconds,
-            eta_seconds=(self.total_steps - step) * seconds,
+            eta_seconds=(self.total_steps - step) * self.training_seconds / (step - self.first_step),
             samples=[sample.as_dict() for sample in samples],
         )
 
@@ -263,4 +269,5 @@ class Trainer:
             peak_allocated_bytes=self.peak_allocated_bytes,
             loss_before=self.evaluations[0].loss if self.evaluations else None,
             loss_after=self.evaluations[-1].loss if self.evaluations else None,
+            license=base_license(Path(self.run.model_path)),
         )

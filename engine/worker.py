@@ -120,6 +120,8 @@ def main() -> int:
     parser.add_argument("--lock-file", type=Path, help="exclusive lock of the device")
     parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="process that must outlive the attempt")
     arguments = parser.parse_args()
+    # Threads that wait sleep instead of spinning: beside one busy process, spinning made an update five times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stop = StopRequest()
     die_with_parent(arguments.parent_pid)
     lock = lock_device(arguments.lock_file) if arguments.lock_file else None

@@ -13,7 +13,7 @@ from engine.spec import ScheduleSpec, TrainingSpec, state_sizes
 from planner.cache import TraceStore, code_digest
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
-from planner.overheads import Overheads, overheads
+from planner.overheads import HOST_DATA_BYTES, Overheads, cpu_process_bytes, overheads
 from planner.replay import reserved_bytes
 from planner.segments import CATEGORIES
 from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
@@ -90,7 +90,10 @@ class Planner:
         slabs = kept * footprints.structure.num_parameters
         if self.gpu.kind == "cpu":
             reserved = allocated
-            device = host = allocated + slabs + extra.runtime_bytes
+            structure = footprints.structure
+            device = host = cpu_process_bytes(
+                extra.runtime_bytes, structure.num_parameters, structure.parameter_bytes, allocated, slabs
+            )
         else:
             reserved = max(reserved_bytes(footprints, chunks, schedule, extra), allocated)
             device, host = reserved + extra.context_bytes, slabs + extra.runtime_bytes
@@ -115,7 +118,7 @@ class Planner:
         """Device bytes that no schedule goes below: weights, libraries, context, and the bound's fixed part."""
         structure, extra = self.footprints(training).structure, self.overheads
         if self.gpu.kind == "cpu":
-            return structure.parameter_bytes + extra.runtime_bytes + CPU_MARGIN_BYTES
+            return structure.parameter_bytes + extra.runtime_bytes + HOST_DATA_BYTES + CPU_MARGIN_BYTES
         workspaces = extra.workspace_bytes * extra.num_workspaces
         return structure.parameter_bytes + workspaces + extra.context_bytes + CUDA_MARGIN_BYTES
 
