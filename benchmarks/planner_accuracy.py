@@ -90,7 +90,7 @@ class Measured:
 def case(model: str, num_chunks: int = 6, switch_every: int = 1, states: str = "keep", **training: Any) -> Case:
     """A case with the grid's defaults: fp32, 2 sequences of 128 tokens, full checkpointing, fused loss."""
     asked = {"seq_len": 128, "micro_batch_size": 2, "precision": "fp32", **training}
-    kept = {key: asked.pop(key) for key in ("state_dtype", "master") if key in asked}
+    kept = {key: asked.pop(key) for key in ("state_dtype", "master", "expansion") if key in asked}
     if model == "gemma2":
         asked["attention"] = "eager"
     schedule = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states, **kept}
@@ -154,7 +154,7 @@ def measure(config: dict[str, Any], training: TrainingSpec, num_cycles: int = 1)
 def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, profiler: CpuProfiler) -> list[Measured]:
     with profiler.step(), profiler.phase("load"):
         model = build(config, training)
-    tuner = ChunkFT.of(training, model, observer=profiler)
+        tuner = ChunkFT.of(training, model, observer=profiler)
     generator, shape = torch.Generator().manual_seed(0), (training.micro_batch_size, training.seq_len)
     samples = []
     for _ in range(num_cycles * tuner.schedule.updates_per_cycle):

@@ -24,6 +24,7 @@ from engine.optimizer import BlockKey, BlockStates, ChunkStates, host_like
 from engine.tuner import ChunkFT
 
 _FORMAT = 1
+_EXPANSION = "expansion.safetensors"
 _MANIFEST = "manifest.json"
 
 
@@ -69,7 +70,7 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     newest, previous = _previous_files(folder)
     files: dict[str, dict[str, Any]] = {}
-    for index, states in sorted(tuner.optimizer.chunks.items()):
+    for index, states in _changed_chunks(tuner):
         name = f"chunk-{index:05d}.safetensors"
         known = previous.get(name)
         if newest is not None and known is not None and known["last_update"] == states.last_update:
@@ -77,7 +78,11 @@ def save_checkpoint(
             files[name] = known
         else:
             save_file(_chunk_tensors(tuner, index, states), temporary / name)
-            files[name] = _describe(temporary / name, index, states)
+            about = {"chunk_index": index, "num_updates": states.num_updates, "last_update": states.last_update}
+            files[name] = about | _describe(temporary / name)
+    if tuner.expansion is not None:
+        save_file(tuner.expansion.state_dict(), temporary / _EXPANSION)
+        files[_EXPANSION] = _describe(temporary / _EXPANSION)
     manifest = {
         "format": _FORMAT,
         "fingerprint": fingerprint,
@@ -116,11 +121,24 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
         if manifest["fingerprint"] != fingerprint:
             raise CheckpointError(f"{candidate.name} was written with another model, data set or training spec")
         for name, entry in manifest["files"].items():
-            _load_chunk(tuner, candidate / name, entry)
+            if name != _EXPANSION:
+                _load_chunk(tuner, candidate / name, entry)
+            elif tuner.expansion is not None:
+                tuner.expansion.load_state_dict(load_file(candidate / name))
         tuner.num_updates = int(manifest["num_updates"])
         _restore_random_states(manifest["random_states"])
         return Resumed(tuner.num_updates, manifest["notes"], passed_over)
     return Resumed(0, {}, passed_over)
+
+
+def _changed_chunks(tuner: ChunkFT) -> list[tuple[int, ChunkStates]]:
+    """The chunks whose weights differ from the base model's; with expansion all do, and all changed just now."""
+    chunks = tuner.optimizer.chunks
+    if tuner.expansion is None:
+        return sorted(chunks.items())
+    for index in range(len(tuner.chunks)):
+        chunks.setdefault(index, ChunkStates()).last_update = tuner.num_updates - 1
+    return sorted(chunks.items())
 
 
 def _previous_files(folder: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -163,15 +181,9 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _describe(file: Path, index: int, states: ChunkStates) -> dict[str, Any]:
+def _describe(file: Path) -> dict[str, Any]:
     sync_path(file)
-    return {
-        "chunk_index": index,
-        "num_updates": states.num_updates,
-        "last_update": states.last_update,
-        "size_bytes": file.stat().st_size,
-        "sha256": sha256_file(file),
-    }
+    return {"size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def _chunk_tensors(tuner: ChunkFT, index: int, states: ChunkStates) -> dict[str, Tensor]:

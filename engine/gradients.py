@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.chunks import Chunk
 from engine.cut import CutParameter, RowRange
+from engine.expansion import Expansion
 from engine.stream import ParameterStream
 
 __all__ = ["Activation", "ActiveSlice", "CutParameter", "activate"]
@@ -49,8 +50,9 @@ class Activation:
     classes, ``requires_grad`` flags and gradients are what they were before.
     """
 
-    def __init__(self, stream: ParameterStream, chunk: Chunk) -> None:
+    def __init__(self, stream: ParameterStream, chunk: Chunk, expansion: Expansion | None = None) -> None:
         self._stream = stream
+        self._expansion = expansion
         self._chunk = chunk
         self._was_trainable: list[bool] = []
         self._before: list[tuple[type[nn.Parameter], Tensor | None]] = []
@@ -79,7 +81,16 @@ class Activation:
                 _become(parameter, CutParameter)
                 parameter.rows = rows  # type: ignore[attr-defined]
             self.slices.append(ActiveSlice(self._stream.names[piece.index], piece.start, piece.stop, leaf, parameter))
+        if self._expansion is not None:
+            self._expand(self._expansion)
         return self.slices
+
+    def _expand(self, expansion: Expansion) -> None:
+        """Let the parameters above the chunk, where the gradient passes anyway, take part."""
+        inside = {piece.index for piece in self._chunk.slices}
+        for index in range(min(inside), len(self._stream.parameters)):
+            if index not in inside:
+                self._hooks.append(expansion.watch(self._stream.names[index], self._stream.parameters[index]))
 
     def _activate_whole(self, parameter: nn.Parameter, leaf: Tensor) -> None:
         def move_gradient(owner: Tensor) -> None:

@@ -90,7 +90,8 @@ class ScheduleSpec(SpecModel):
     master: Master = Master.NONE
     """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long as the
     chunk is visited. ``residual``: an exact fp32 master, whose low 16 bits are kept on the host for ever."""
-    expansion: Literal["none"] = "none"
+    expansion: Literal["none", "factored"] = "none"
+    """``factored``: parameters above the active chunk take a step too, in backward, with factored second moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,16 @@ class TrainingSpec(SpecModel):
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
 
     @model_validator(mode="after")
+    def _expansion_is_alone(self) -> TrainingSpec:
+        if self.schedule == "auto" or self.schedule.expansion == "none":
+            return self
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError("expansion 'factored' updates in every backward pass: use gradient_accumulation_steps 1")
+        if self.schedule.master is Master.RESIDUAL:
+            raise ValueError("expansion 'factored' would leave residual masters behind: use master 'none' or 'fp32'")
+        return self
+
+    @model_validator(mode="after")
     def _masters_are_for_bf16(self) -> TrainingSpec:
         is_asked = self.schedule != "auto" and self.schedule.master is not Master.NONE
         if is_asked and self.precision is Precision.FP32:
@@ -155,6 +166,8 @@ class JobTraining(TrainingSpec):
     """A training spec plus what does not change memory: rates, length, seed."""
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-5
+    expansion_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Of parameters outside the active chunk, with ``expansion: factored``; default a third of ``learning_rate``."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.0

@@ -116,17 +116,23 @@ class Trainer:
         self.load_samples = self.profiler.samples
         trim_host_memory()
         self.base_digests = parameter_digests(self.model)
-        self.tuner = ChunkFT.of(
-            training,
-            self.model,
-            self._learning_rate,
-            weight_decay=training.weight_decay,
-            seed=training.seed,
-            observer=self.profiler,
-        )
+        with self.profiler.step():  # what the tuner keeps on the device belongs to the record
+            self.tuner = ChunkFT.of(
+                training,
+                self.model,
+                self._learning_rate,
+                weight_decay=training.weight_decay,
+                expansion_lr=self._expansion_learning_rate,
+                seed=training.seed,
+                observer=self.profiler,
+            )
         updates_per_epoch = self.batches.num_batches_per_epoch / training.gradient_accumulation_steps
         self.total_steps = training.max_steps or max(1, math.ceil((training.epochs or 1.0) * updates_per_epoch))
         self._checkpoint_every = training.checkpoint_every or self.tuner.schedule.updates_per_cycle
+
+    def _expansion_learning_rate(self, update: int) -> float:
+        base = self.training.expansion_learning_rate or self.training.learning_rate / 3
+        return self._learning_rate(update) / self.training.learning_rate * base
 
     def _learning_rate(self, update: int) -> float:
         cycle_length = self.schedule.num_chunks * self.schedule.switch_every

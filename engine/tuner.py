@@ -16,6 +16,7 @@ from typing import Literal, Self
 from torch import Tensor, nn
 
 from engine.errors import InputError
+from engine.expansion import Expansion
 from engine.gradients import Activation, ActiveSlice
 from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rules import DEFAULT_BETAS
@@ -50,6 +51,8 @@ class ChunkFT:
         max_grad_norm: clip the active chunk's gradient norm; None turns it off.
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
+        expansion: ``factored``: parameters above the active chunk take a step too, see :mod:`engine.expansion`.
+        expansion_lr: their learning rate, like ``lr``; default a third of it.
         observer: is told the phases of each step.
 
     Raises:
@@ -74,6 +77,8 @@ class ChunkFT:
         max_grad_norm: float | None = 1.0,
         loss: Literal["fused", "standard"] = "fused",
         activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none",
+        expansion: Literal["none", "factored"] = "none",
+        expansion_lr: float | Callable[[int], float] | None = None,
         seed: int = 0,
         observer: Observer | None = None,
     ) -> None:
@@ -97,7 +102,9 @@ class ChunkFT:
             )
         )
         self.num_updates = 0
-        self.lr: Callable[[int], float] = lr if callable(lr) else lambda _: lr
+        self.lr = _rate(lr)
+        self.expansion = Expansion(model.named_parameters()) if expansion == "factored" else None
+        self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: self.lr(update) / 3
         self.options = StepOptions(loss, activation_checkpointing)
         self._observer = observer or Unobserved()
         self._activation: Activation | None = None
@@ -113,6 +120,7 @@ class ChunkFT:
         lr: float | Callable[[int], float] = 2e-5,
         *,
         weight_decay: float = 0.0,
+        expansion_lr: float | Callable[[int], float] | None = None,
         seed: int = 0,
         observer: Observer | None = None,
     ) -> Self:
@@ -133,6 +141,8 @@ class ChunkFT:
             max_grad_norm=training.max_grad_norm,
             loss=training.loss,
             activation_checkpointing=training.activation_checkpointing,
+            expansion=schedule.expansion,
+            expansion_lr=expansion_lr,
             seed=seed,
             observer=observer,
         )
@@ -146,7 +156,7 @@ class ChunkFT:
     def active(self) -> list[ActiveSlice]:
         """The active chunk's slices; activates the chunk that is due."""
         if self._activation is None:
-            self._activation = Activation(self.stream, self.chunks[self.visit.chunk_index])
+            self._activation = Activation(self.stream, self.chunks[self.visit.chunk_index], self.expansion)
             self._active = self._activation.__enter__()
         return self._active
 
@@ -170,6 +180,8 @@ class ChunkFT:
         if denominator is None:
             denominator = max(num_counted_tokens(labels), 1)
         assert self.active
+        if self.expansion is not None:
+            self.expansion.learning_rate = self.expansion_lr(self.num_updates)
         return forward_backward(self.model, batch["input_ids"], labels, denominator, self.options, self._observer)
 
     def step(self) -> float | None:
@@ -198,6 +210,11 @@ class ChunkFT:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _rate(given: float | Callable[[int], float]) -> Callable[[int], float]:
+    """A learning rate as a function of the update's number."""
+    return given if callable(given) else lambda _: given
 
 
 def _check_batch(batch: Mapping[str, Tensor]) -> None:

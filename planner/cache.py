@@ -27,6 +27,7 @@ _TRACED_CODE = {
     "engine": (
         "checkpointing",
         "cut",
+        "expansion",
         "gradients",
         "loss",
         "models",
@@ -103,13 +104,13 @@ class TraceStore:
             self._content["structure"] = self._model_tracer().structure().to_json()
         return ModelStructure.from_json(self._content["structure"])
 
-    def step(self, chunk: Chunk, roles: ChunkRoles) -> StepTrace:
+    def step(self, chunk: Chunk, roles: ChunkRoles, *, expands: bool) -> StepTrace:
         """Forward and backward with ``chunk`` active, on the distinct layers."""
-        key = roles.key
+        key = f"{'expanded ' if expands else ''}{roles.key}"
         if key not in self._steps:
             known = self._content["steps"].get(key)
             if known is None:
-                trace = self._model_tracer().trace(chunk, roles)
+                trace = self._model_tracer().trace(chunk, roles, expands=expands)
                 self._content["steps"][key] = trace.to_json()
             else:
                 trace = StepTrace.from_json(known)

@@ -103,7 +103,7 @@ class Footprints:
         """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
         roles = chunk_roles(self.structure, chunk, self.training)
         runs = tuple(layer_runs(roles.layers))
-        trace = self.store.step(chunk, roles)
+        trace = self.store.step(chunk, roles, expands=schedule.expansion == "factored")
         numels = [piece.numel for piece in chunk.slices]
         summaries = summarise(trace, runs, numels, self.training.precision.itemsize, self.granularity)
         phase_peaks: dict[str, int] = {}
@@ -122,12 +122,19 @@ class Footprints:
         """The optimizer's work on one slice."""
         return self.store.update(numel, schedule, update.comes, update.leaves)
 
-    def resident(self) -> list[int]:
+    def resident(self, schedule: ScheduleSpec) -> list[int]:
         """Live bytes by category between two steps."""
         live = [0] * len(CATEGORIES)
         live[_WEIGHTS] = sum(self.rounded(info.num_bytes) for info in self.structure.parameters)
         live[_OTHER] = self.structure.buffer_bytes
+        if schedule.expansion == "factored":
+            live[_STATES] = sum(map(self.rounded, self.factored_bytes()))
         return live
+
+    def factored_bytes(self) -> list[int]:
+        """Sizes of the factored moments of all parameters: an fp32 per row and one per column."""
+        infos = self.structure.parameters
+        return [4 * length for info in infos for length in (info.shape[0], info.numel // info.shape[0])]
 
     def rounded(self, size_bytes: int) -> int:
         """Size of a block as the device's allocator counts it."""
@@ -141,7 +148,7 @@ class Footprints:
         self, chunk: Chunk, summaries: Sequence[SegmentSummary], schedule: ScheduleSpec, update: Update
     ) -> tuple[list[Moment], float]:
         training = self.training
-        live = self.resident()
+        live = self.resident(schedule)
         if not update.comes:
             live[_STATES] += sum(self.states_bytes(piece.numel, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1

@@ -38,6 +38,8 @@ class _Replay:
         """Weights and buffers, then the libraries' workspaces."""
         structure = self._footprints.structure
         sizes = [info.num_bytes for info in structure.parameters] + [structure.buffer_bytes]
+        if self._schedule.expansion == "factored":
+            sizes += self._footprints.factored_bytes()
         for size_bytes in sizes + [overheads.workspace_bytes] * overheads.num_workspaces:
             if size_bytes:
                 self._malloc(size_bytes)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from engine.chunks import Chunk
 from engine.cut import CutParameter
 from engine.errors import InputError
+from engine.expansion import Expansion
 from engine.gradients import Activation, ActiveSlice
 from engine.loss import block_rows
 from engine.models import decoder_layers, meta_model
@@ -94,12 +95,18 @@ class ModelTracer:
         shapes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
         return hashlib.sha256(repr((kind, modules, shapes)).encode()).hexdigest()[:16]
 
-    def trace(self, chunk: Chunk, roles: ChunkRoles) -> StepTrace:
-        """One micro-batch, forward and backward, with ``chunk`` active, on the distinct layers of ``roles`` only."""
-        kept = [index for run in layer_runs(roles.layers) for index in run.traced]
-        return self.trace_layers(chunk, kept)
+    def trace(self, chunk: Chunk, roles: ChunkRoles, *, expands: bool = False) -> StepTrace:
+        """One micro-batch, forward and backward, with ``chunk`` active, on the distinct layers of ``roles`` only.
 
-    def trace_layers(self, chunk: Chunk, kept: list[int]) -> StepTrace:
+        Args:
+            chunk: the active one.
+            roles: of the layers while it is active.
+            expands: the parameters above it take part (``expansion: factored``).
+        """
+        kept = [index for run in layer_runs(roles.layers) for index in run.traced]
+        return self.trace_layers(chunk, kept, expands=expands)
+
+    def trace_layers(self, chunk: Chunk, kept: list[int], *, expands: bool = False) -> StepTrace:
         """The same on the given layers; with all of them nothing is left to compose."""
         training = self.training
         mode = MemoryTrace(self.device_kind)
@@ -110,7 +117,8 @@ class ModelTracer:
             stack.enter_context(prepared(self.model, self._options(kept)))
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 mode.ignore(tensor)
-            active = stack.enter_context(Activation(self.stream, chunk))
+            expansion = self._expansion(mode) if expands else None
+            active = stack.enter_context(Activation(self.stream, chunk, expansion))
             if training.gradient_accumulation_steps > 1:
                 # Later micro-batches find the gradients of the first one: they decide the peak.
                 for piece in active:
@@ -131,6 +139,13 @@ class ModelTracer:
             for piece in active:
                 piece.release_gradient()
         return trace
+
+    def _expansion(self, mode: MemoryTrace) -> Expansion:
+        expansion = Expansion(zip(self.stream.names, self.stream.parameters, strict=True))
+        for moments in expansion.moments.values():
+            mode.ignore(moments.row)
+            mode.ignore(moments.column)
+        return expansion
 
     def _options(self, kept: list[int]) -> StepOptions:
         choice = self.training.activation_checkpointing

@@ -33,6 +33,7 @@ def plan(
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32.")] = None,
     state_dtype: Annotated[str | None, typer.Option(help="How states are stored: fp32 or bf16.")] = None,
     master: Annotated[str | None, typer.Option(help="Master of bf16 weights: none, residual or fp32.")] = None,
+    expansion: Annotated[str | None, typer.Option(help="Of what lies above the chunk: none or factored.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, lion, sgd, adagrad or rmsprop.")] = None,
     checkpointing: Annotated[str | None, typer.Option(help="Activation checkpointing: full or none.")] = None,
     loss: Annotated[str | None, typer.Option(help="fused or standard.")] = None,
@@ -50,6 +51,7 @@ def plan(
         "states": states,
         "state_dtype": state_dtype,
         "master": master,
+        "expansion": expansion,
     }
     training = {
         "method": method,

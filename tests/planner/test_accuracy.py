@@ -19,6 +19,8 @@ CASES = [
     case("llama", precision="bf16", master="residual", state_dtype="bf16", num_chunks=3),
     case("llama", precision="bf16", master="fp32", num_chunks=2, switch_every=3),
     case("llama", precision="bf16", master="residual", optimizer="sgd", states="reset", num_chunks=2, switch_every=2),
+    case("llama", expansion="factored", num_chunks=4),
+    case("llama-tied", expansion="factored", precision="bf16", num_chunks=5, switch_every=2),
     case("gpt2", num_chunks=4),
     case("gpt2", num_chunks=3, precision="bf16", activation_checkpointing="none"),
     case("gpt_neox", num_chunks=3, precision="bf16"),
