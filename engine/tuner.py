@@ -102,9 +102,10 @@ class ChunkFT:
             )
         )
         self.num_updates = 0
-        self.lr = _rate(lr)
+        # Rates must not refer to the tuner: a cycle would keep its states alive until the collector comes by.
+        self.lr = rate = _rate(lr)
         self.expansion = Expansion(model.named_parameters()) if expansion == "factored" else None
-        self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: self.lr(update) / 3
+        self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: rate(update) / 3
         self.options = StepOptions(loss, activation_checkpointing)
         self._observer = observer or Unobserved()
         self._activation: Activation | None = None

@@ -1,5 +1,8 @@
 """AdamW chunk by chunk: torch's own updates, states that come and go, clipping, decay, rounding."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -254,3 +257,18 @@ def test_training_lowers_the_loss(family):
             losses.append(float(tuner.backward(batch)))
             tuner.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_tuner_and_its_states_are_gone_with_the_last_reference():
+    # Without the garbage collector: what a tuner holds is too large to wait for it.
+    gc.disable()
+    try:
+        tuner = ChunkFT(tiny_model("llama"), num_chunks=3, expansion="factored")
+        tuner.backward(tiny_batch())
+        tuner.step()
+        tuner.close()
+        watched = weakref.ref(tuner)
+        del tuner
+        assert watched() is None
+    finally:
+        gc.enable()
