@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +111,6 @@ def _own_storage(model: nn.Module, device: torch.device) -> None:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's config.json."""
-    content: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
-    return content
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

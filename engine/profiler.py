@@ -13,10 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
@@ -58,20 +58,6 @@ class Sample:
             max(self.host_bytes, other.host_bytes),
             self.seconds + other.seconds,
         )
-
-
-class Profiler(Protocol):
-    """Observer of steps that measures."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Context of one phase."""
-
-    def step(self) -> AbstractContextManager[None]:
-        """Context of one optimizer update with all its micro-batches (or of loading)."""
-
-    @property
-    def samples(self) -> list[Sample]:
-        """Samples of the last completed step, in order of first appearance."""
 
 
 class CpuProfiler:

@@ -19,14 +19,12 @@ from engine.loss import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy
 from engine.models import decoder_layers, head, last_hidden_state
 from engine.spec import CheckpointedLayers
 
-PHASES = ("load", "forward", "backward", "optimizer")
-
 
 class Observer(Protocol):
     """Whoever wants to know in which phase a step is: the profiler in a run, the tracer in a plan."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Context of one phase of PHASES."""
+        """Context of one phase: load, forward, backward or optimizer."""
 
 
 class Unobserved:

@@ -17,6 +17,7 @@ from planner.overheads import (
     ONEDNN_SCRATCH_BYTES,
     ONEDNN_TRANSPOSED_BYTES,
     ONEDNN_TRANSPOSED_MAX_BYTES,
+    attention_backward_scratch_bytes,
     host_threads,
 )
 
@@ -122,9 +123,11 @@ def kernel_scratch_bytes(func: Any, args: Any, out: Any, device_kind: str) -> in
             return scratch(args, out)
         return _promotion_bytes(args, out) if torch.Tag.pointwise in func.tags else 0
     if packet is _aten._scaled_dot_product_flash_attention_backward:
-        # FlashAttention-2 accumulates dQ in fp32.
-        query: Tensor = args[1]
-        return query.numel() * 4
+        query, key = args[1:3]
+        batch_size, num_heads, seq_len, head_dim = query.shape
+        return attention_backward_scratch_bytes(
+            batch_size, num_heads, key.shape[1], seq_len, head_dim, query.element_size()
+        )
     return 0
 
 
