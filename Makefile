@@ -37,6 +37,7 @@ serve: $(STAMP)
 	@$(BIN)/chunkplan serve
 
 bench: $(STAMP)
+	@$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m benchmarks
 
 lint: $(STAMP)
