@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import InputError
-from engine.rows import FIELD, FormatChoice, RowReader
+from engine.files import sha256_file
+from engine.readers import FIELD
+from engine.rows import FormatChoice, RowReader
 from engine.tokenize import IGNORE_INDEX, Encoder
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def check_dataset(path: str | Path, format: FormatChoice = "auto") -> DatasetInf
     """
     reader = RowReader(path, format)
     num_rows = sum(1 for _ in reader)
-    return DatasetInfo(num_rows, reader.format, reader.sha256)
+    return DatasetInfo(num_rows, reader.format, sha256_file(Path(path)))
 
 
 def load_dataset(
@@ -122,7 +124,7 @@ def load_dataset(
         try:
             tokens = encoder.encode(row.content)
         except ValueError as error:
-            raise InputError(FIELD, f"line {row.line}: {error}") from error
+            raise InputError(FIELD, f"{row.place}: {error}") from error
         num_truncated += len(tokens.input_ids) > seq_len
         example = Example(tokens.input_ids[:seq_len], tokens.labels[:seq_len])
         if _is_trained(example):
@@ -131,7 +133,7 @@ def load_dataset(
     if not train:
         raise InputError(FIELD, f"none of the {num_rows} rows has a token to train within seq_len {seq_len}")
     skipped = num_rows - len(examples)
-    stats = DatasetStats(num_rows, len(train), len(evaluation), num_truncated, skipped, reader.sha256)
+    stats = DatasetStats(num_rows, len(train), len(evaluation), num_truncated, skipped, sha256_file(Path(path)))
     return DatasetSplits(train, evaluation, stats)
 
 

@@ -1,6 +1,12 @@
 """Files, in the shape of the OpenAI API."""
 
+import gzip
+import io
+import json
+
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from tests.api.requests import job_request
 
@@ -76,3 +82,40 @@ def test_a_file_that_a_job_waits_for_cannot_be_deleted(client, upload, dataset):
     assert job["id"] in response.json()["detail"]
     client.post(f"/v1/jobs/{job['id']}/cancel")
     assert client.delete(f"/v1/files/{file_id}").status_code == 200
+
+
+def parquet_bytes(rows):
+    out = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+ROWS = [{"text": f"the title {i} of a metal worker is welder"} for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "num_rows"),
+    [
+        ("rows.json", json.dumps(ROWS).encode(), 5),
+        ("rows.CSV", b"text\n" + b"".join(row["text"].encode() + b"\n" for row in ROWS), 5),
+        ("rows.tsv.gz", gzip.compress(b"prompt\tcompletion\na\tb\n"), 1),
+        ("rows.parquet", parquet_bytes(ROWS), 5),
+        ("book.txt", b"the title of a metal worker is welder\n" * 20, 1),
+    ],
+    ids=["json", "csv", "tsv.gz", "parquet", "txt"],
+)
+def test_a_job_takes_an_upload_of_any_format(client, upload, dataset, name, content, num_rows):
+    file_id = upload(name, content).json()["id"]
+    body = job_request(dataset) | {"dataset": {"file_id": file_id}}
+    response = client.post("/v1/jobs", json=body, params={"dry_run": True})
+    assert response.status_code == 200, response.text
+    assert response.json()["num_rows"] == num_rows
+
+
+def test_an_upload_in_another_format_is_refused_when_a_job_wants_it(client, upload, dataset):
+    file_id = upload("rows.xlsx", b"PK").json()["id"]
+    response = client.post("/v1/jobs", json=job_request(dataset) | {"dataset": {"file_id": file_id}})
+    assert response.status_code == 422
+    [error] = response.json()["errors"]
+    assert error["field"] == "dataset.file_id"
+    assert error["message"].startswith("cannot read .xlsx files; give JSONL, JSON, CSV, TSV, Parquet or TXT")

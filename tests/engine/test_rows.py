@@ -48,7 +48,7 @@ def test_every_format_is_recognised_and_read(tmp_path, row, format, content):
 def test_empty_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", b"\xef\xbb\xbf", {"text": "a"}, b"\n  \n", {"text": "b"}, b"\r\n")
     assert check_dataset(path).num_rows == 2
-    assert [row.line for row in RowReader(path)] == [1, 4]
+    assert [row.place for row in RowReader(path)] == ["line 1", "line 4"]
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_the_first_row_decides_the_format(tmp_path):
         check_dataset(write(tmp_path / "b.jsonl", CHAT, {"text": "a"}))
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt", ".parquet"])
+@pytest.mark.parametrize("suffix", [".arrow", ".zip", ".xlsx"])
 def test_other_file_types_are_refused_by_name(tmp_path, suffix):
-    with pytest.raises(InputError, match=f"cannot read {suffix} files; give JSONL"):
+    with pytest.raises(InputError, match=f"cannot read {suffix} files; give JSONL, JSON, CSV, TSV, Parquet or TXT"):
         check_dataset(tmp_path / f"rows{suffix}")
 
 
