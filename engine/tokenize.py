@@ -10,7 +10,8 @@ changes when only the content changes; the end of turn is what follows the conte
 
 A tokenizer without a chat template gets a plain one: ``User: …``, ``Assistant: …``, blank lines between the messages
 and its end-of-sequence token after each assistant message. Raw text is tokenized with the tokenizer's own special
-tokens and ends with the end-of-sequence token.
+tokens and ends with the end-of-sequence token. A block of a running text does not end: it is cut into pieces, each of
+which starts with the tokenizer's beginning-of-sequence token if it sets one.
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ class Span(NamedTuple):
     stop: int
 
 
+class Rendered(NamedTuple):
+    """The text of one row, and which of its characters are trained."""
+
+    text: str
+    spans: tuple[Span, ...]
+    add_special_tokens: bool
+    ends: bool
+    """The end-of-sequence token follows."""
+
+
 class Encoder:
     """Turns rows into tokens with one tokenizer.
 
@@ -68,6 +79,8 @@ class Encoder:
         self.template: str | None = template.get("default") if isinstance(template, dict) else template
         self._marks_generations = re.search(r"\{%-?\s*generation", self.template or "") is not None
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
+        bos = tokenizer.bos_token_id
+        self._start: list[int] = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
     def encode(self, content: Conversation | Passage) -> Tokens:
         """Token ids and labels of one row, not truncated.
@@ -75,17 +88,46 @@ class Encoder:
         Raises:
             ValueError: the chat template refuses the conversation; the message says why.
         """
+        return self.encode_all([self.render(content)])[0]
+
+    def render(self, content: Conversation | Passage) -> Rendered | Tokens:
+        """What :meth:`encode_all` takes: a text, or the tokens where the template makes them itself.
+
+        Raises:
+            ValueError: the chat template refuses the conversation; the message says why.
+        """
         if isinstance(content, Passage):
-            return self._encode_passage(content)
+            text = content.prompt + content.completion
+            trained = Span(len(content.prompt), len(text))
+            return Rendered(text, (trained,), add_special_tokens=not content.is_running, ends=not content.is_running)
         try:
-            return self._encode_conversation(content.messages)
+            return self._render_conversation(content.messages)
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
 
-    def _encode_passage(self, passage: Passage) -> Tokens:
-        text = passage.prompt + passage.completion
-        tokens = self._label(text, [Span(len(passage.prompt), len(text))], add_special_tokens=True)
-        return self._with_end_of_sequence(tokens)
+    def encode_all(self, rows: Sequence[Rendered | Tokens]) -> list[Tokens]:
+        """Token ids and labels of rendered rows, as if each were encoded alone, but several at a time."""
+        result: dict[int, Tokens] = {i: row for i, row in enumerate(rows) if isinstance(row, Tokens)}
+        for add_special_tokens in (False, True):
+            chosen = [
+                (i, row)
+                for i, row in enumerate(rows)
+                if isinstance(row, Rendered) and row.add_special_tokens == add_special_tokens
+            ]
+            if chosen:
+                texts = [row.text for _, row in chosen]
+                encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+                for (i, row), encoding in zip(chosen, encoded.encodings, strict=True):
+                    tokens = self._label(row.text, row.spans, encoding.ids, encoding.offsets)
+                    result[i] = self._with_end_of_sequence(tokens) if row.ends else tokens
+        return [result[i] for i in range(len(rows))]
+
+    def pieces(self, tokens: Tokens, seq_len: int) -> list[Tokens]:
+        """A block of a running text in pieces of at most ``seq_len`` tokens, which lose none."""
+        length = max(1, seq_len - len(self._start))
+        blank = [IGNORE_INDEX] * len(self._start)
+        cuts = [slice(i, i + length) for i in range(0, len(tokens.input_ids), length)]
+        return [Tokens(self._start + tokens.input_ids[cut], blank + tokens.labels[cut]) for cut in cuts]
 
     def _with_end_of_sequence(self, tokens: Tokens) -> Tokens:
         eos = self.tokenizer.eos_token_id
@@ -95,12 +137,12 @@ class Encoder:
             return Tokens(tokens.input_ids, [*tokens.labels[:-1], eos])
         return Tokens([*tokens.input_ids, eos], [*tokens.labels, eos])
 
-    def _encode_conversation(self, messages: Sequence[Message]) -> Tokens:
+    def _render_conversation(self, messages: Sequence[Message]) -> Rendered | Tokens:
         if self._marks_generations:
             return self._encode_marked(messages)
         text = self._render(messages)
         spans = [self._turn(text, messages, i) for i, message in enumerate(messages) if message.role == "assistant"]
-        return self._label(text, spans, add_special_tokens=self.template is None)
+        return Rendered(text, tuple(spans), add_special_tokens=self.template is None, ends=False)
 
     def _encode_marked(self, messages: Sequence[Message]) -> Tokens:
         encoded = self.tokenizer.apply_chat_template(
@@ -139,10 +181,7 @@ class Encoder:
         except TemplateError:
             return None
 
-    def _label(self, text: str, spans: Sequence[Span], *, add_special_tokens: bool) -> Tokens:
-        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-        ids: list[int] = encoded["input_ids"]
-        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    def _label(self, text: str, spans: Sequence[Span], ids: list[int], offsets: Sequence[tuple[int, int]]) -> Tokens:
         labels = [IGNORE_INDEX] * len(ids)
         for span in spans:
             for position in self._trained(text, span, ids, offsets):
@@ -164,8 +203,15 @@ class Encoder:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    different = (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(different, min(len(a), len(b)))
+    """Characters that both begin with, by bisection: comparing slices costs far less than comparing characters."""
+    known, limit = 0, min(len(a), len(b))
+    while known < limit:
+        middle = (known + limit + 1) // 2
+        if a[known:middle] == b[known:middle]:
+            known = middle
+        else:
+            limit = middle - 1
+    return known
 
 
 def _common_suffix(a: str, b: str) -> int:

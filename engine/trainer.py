@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from engine.profiler import Sample, profiler_for, trim_host_memory
 from engine.schedule import rate_factor
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
+from engine.store import remove_store
 from engine.tuner import ChunkFT
 
 Report = Callable[..., None]
@@ -93,8 +94,14 @@ class Trainer:
         self._evaluate(self.total_steps)
         self._report_coverage()
         self._export()
+        remove_store(self._tokens_dir)
         self.report("finished", step=self.total_steps, reason="completed")
         return "completed"
+
+    @property
+    def _tokens_dir(self) -> Path:
+        """The tokenized data; kept until the run is complete, so that resuming does not tokenize again."""
+        return self.run_dir / "tokens"
 
     def _load(self) -> None:
         run, training = self.run, self.training
@@ -108,6 +115,7 @@ class Trainer:
             training.seq_len,
             run.eval_fraction,
             training.seed,
+            folder=self._tokens_dir,
         )
         self.batches = Batches(self.splits.train, training.micro_batch_size, training.seed)
         self.profiler = profiler_for(run.device)
@@ -209,7 +217,6 @@ class Trainer:
         self.report("checkpoint", step=saved.step, path=str(path), size_bytes=saved.size_bytes, sha256=saved.sha256)
 
     def _report_started(self, resumed_step: int) -> None:
-        stats = self.splits.stats
         self.report(
             "started",
             pid=os.getpid(),
@@ -218,14 +225,7 @@ class Trainer:
             num_chunks=self.schedule.num_chunks,
             total_steps=self.total_steps,
             resumed_step=resumed_step,
-            dataset={
-                "num_rows": stats.num_rows,
-                "num_train_rows": stats.num_train_rows,
-                "num_eval_rows": stats.num_eval_rows,
-                "num_truncated_rows": stats.num_truncated_rows,
-                "num_skipped_rows": stats.num_skipped_rows,
-                "sha256": stats.sha256,
-            },
+            dataset=asdict(self.splits.stats),
         )
 
     def _report_step(

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from engine.data import Batches, Example, collate, load_dataset
 from engine.errors import InputError
@@ -29,14 +30,15 @@ def test_rows_are_split_truncated_skipped_and_counted(load):
     assert (stats.num_rows, stats.num_train_rows, stats.num_eval_rows) == (20, 17, 2)
     assert (stats.num_truncated_rows, stats.num_skipped_rows) == (3, 1)
     assert (len(splits.train), len(splits.evaluation)) == (17, 2)
-    assert max(len(example.input_ids) for example in splits.train + splits.evaluation) == 160
+    assert max(len(example.input_ids) for example in [*splits.train, *splits.evaluation]) == 160
 
 
 def test_the_split_depends_on_the_seed_alone(load):
     rows = [{"text": f"row {number}"} for number in range(100)]
     first, again, other = load(rows, 64, 0.2), load(rows, 64, 0.2), load(rows, 64, 0.2, seed=1)
-    assert first == again
-    assert first.evaluation != other.evaluation
+    assert list(first.train) == list(again.train)
+    assert first.stats == again.stats
+    assert list(first.evaluation) == list(again.evaluation) != list(other.evaluation)
     held_out = {tuple(example.input_ids) for example in first.evaluation}
     assert len(held_out) == 20
     assert held_out.isdisjoint(tuple(example.input_ids) for example in first.train)
@@ -59,6 +61,35 @@ def test_a_refused_conversation_names_its_line(tmp_path):
     tokenizer = tiny_tokenizer("{{ raise_exception('users may not speak') }}")
     with pytest.raises(InputError, match=r"^dataset.path: line 1: the model's chat template refuses .* may not speak"):
         load_dataset(path, "auto", tokenizer, 64, 0.0, 0)
+
+
+def test_a_text_is_cut_into_pieces_and_loses_nothing(tmp_path):
+    path = tmp_path / "book.txt"
+    text = "".join(f"the title {i} of a metal worker is welder\n" for i in range(40))
+    path.write_text(text)
+    tokenizer = tiny_tokenizer()
+    splits = load_dataset(path, "auto", tokenizer, 100, 0.0, 0)
+    ids = tokenizer(text)["input_ids"]
+    pieces = list(splits.train)
+    assert sorted(len(example.input_ids) for example in pieces)[1:] == [100] * (len(ids) // 100)
+    assert sorted(token for example in pieces for token in example.input_ids) == sorted(ids)
+    assert all(example.labels == example.input_ids for example in pieces)
+    assert splits.stats.num_truncated_rows == 0
+
+
+def test_pieces_of_a_text_start_as_the_tokenizer_starts_a_text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("the title of a metal worker is welder\n" * 9)
+    tokenizer = tiny_tokenizer()
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    splits = load_dataset(path, "auto", tokenizer, 32, 0.0, 0)
+    assert len(splits.train) == 3
+    assert all(example.input_ids[0] == bos and bos not in example.input_ids[1:] for example in splits.train)
+    assert all(example.labels == [-100, *example.input_ids[1:]] for example in splits.train)
+    assert max(len(example.input_ids) for example in splits.train) == 32
 
 
 def numbered(count):

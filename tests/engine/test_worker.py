@@ -57,6 +57,8 @@ def test_events_are_those_the_protocol_names(uninterrupted):
     assert started["pid"] > 0
     assert (started["num_chunks"], started["total_steps"], started["resumed_step"]) == (NUM_CHUNKS, NUM_STEPS, 0)
     assert started["dataset"]["num_train_rows"] + started["dataset"]["num_eval_rows"] == 24
+    assert started["dataset"]["num_packed_sequences"] is None
+    assert not (uninterrupted / "tokens").exists()
     steps = events_of(uninterrupted, kind="step")
     assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
     assert [step["chunk_index"] for step in steps] == [3, 2, 1, 0] * 10
