@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.files import sha256_file, sha256_text, sync_path
-from engine.optimizer import BlockKey, BlockStates, ChunkStates, host_like
+from engine.transfer import BlockKey, ChunkStates, States, host_like
 from engine.tuner import ChunkFT
 
 _FORMAT = 1
@@ -63,6 +63,7 @@ def save_checkpoint(
         notes: the caller's own JSON values, given back on resume.
         keep: complete checkpoints to leave, this one included.
     """
+    tuner.optimizer.settle()
     final = folder / f"step-{tuner.num_updates:08d}"
     temporary = folder / f".{final.name}.partial"
     for leftover in folder.glob(".step-*"):
@@ -193,7 +194,7 @@ def _chunk_tensors(tuner: ChunkFT, index: int, states: ChunkStates) -> dict[str,
         flat = tuner.stream.parameters[piece.index].detach().view(-1)
         tensors[f"weight.{ordinal}"] = flat[piece.start : piece.stop].cpu()
     for (ordinal, begin), kept in {**states.host, **states.device}.items():
-        for name, tensor in kept.named().items():
+        for name, tensor in kept.items():
             tensors[f"{name}.{ordinal}.{begin}"] = tensor.cpu()
     return tensors
 
@@ -206,13 +207,13 @@ def _load_chunk(tuner: ChunkFT, file: Path, entry: dict[str, Any]) -> None:
     for ordinal, piece in enumerate(tuner.chunks[index].slices):
         flat = tuner.stream.parameters[piece.index].detach().view(-1)
         flat[piece.start : piece.stop].copy_(tensors[f"weight.{ordinal}"])
-    kept: dict[BlockKey, dict[str, Tensor]] = {}
+    kept: dict[BlockKey, States] = {}
     for name, tensor in tensors.items():
         kind, *key = name.split(".")
         if kind != "weight":
             home = host_like(tensor.to(device))
             kept.setdefault((int(key[0]), int(key[1])), {})[kind] = home.copy_(tensor)
-    states.host = {key: BlockStates.of(named) for key, named in kept.items()}
+    states.host = kept
     tuner.optimizer.chunks[index] = states
 
 

@@ -43,6 +43,11 @@ class ParameterInfo:
         return self.shape[0] if len(self.shape) > 1 else 1
 
     @property
+    def num_columns(self) -> int:
+        """Length of the last dimension; 1 for a vector."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
     def row_numel(self) -> int:
         """Elements of one row."""
         return self.numel // self.num_rows

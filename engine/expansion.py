@@ -5,7 +5,7 @@ tensor by tensor as each gradient appears, with second moments factored into a r
 gradient is freed. The cut tensors' other rows and everything below the chunk stay as they are.
 
 Sources: BREAD (landscape expansion of block coordinate descent, NeurIPS 2025); the factored update is Adafactor's,
-arXiv 1804.04235, with its RMS clipping and without momentum.
+arXiv 1804.04235 (:mod:`engine.factored`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from engine.rounding import stochastic_round_
-
-_TINY = 1e-30
-_BLOCK_NUMEL = 4 * 2**20
+from engine.factored import FactoredUpdate, matrix_shape
+from engine.rounding import Noise, stochastic_round_
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +45,15 @@ class Expansion:
     Args:
         named: every parameter that may be watched, by name.
         config: hyper-parameters.
+        seed: of stochastic rounding.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: ExpansionConfig | None = None) -> None:
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], config: ExpansionConfig | None = None, seed: int = 0
+    ) -> None:
         self.config = config or ExpansionConfig()
         self.learning_rate = 0.0
+        self._noise = Noise(seed)
         self.moments = {name: _new_moments(parameter) for name, parameter in named}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -72,47 +74,33 @@ class Expansion:
     def watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
         """Make the parameter trainable, and update it as soon as its gradient is complete: until the handle is gone."""
         parameter.requires_grad_(True)
-        rows, moments = parameter.shape[0], self.moments[name]
+        shape, moments = matrix_shape(parameter.shape), self.moments[name]
 
         def update(owner: Tensor) -> None:
             gradient, owner.grad = owner.grad, None
             assert gradient is not None
-            self._update(owner.detach().view(rows, -1), gradient.view(rows, -1), moments)
+            self._update(name, owner.detach().view(shape), gradient.view(shape), moments)
 
         return parameter.register_post_accumulate_grad_hook(update)
 
     @torch.no_grad()
-    def _update(self, weight: Tensor, gradient: Tensor, moments: FactoredMoments) -> None:
+    def _update(self, name: str, weight: Tensor, gradient: Tensor, moments: FactoredMoments) -> None:
         """One step of a matrix, a block of rows at a time."""
         moments.num_updates += 1
         # A plain mean at first and an exponential one later need no bias correction.
         decay = min(self.config.beta2, 1.0 - 1.0 / moments.num_updates)
-        num_rows, num_columns = gradient.shape
-        per_block = max(1, _BLOCK_NUMEL // num_columns)
-        blocks = [slice(begin, begin + per_block) for begin in range(0, num_rows, per_block)]
-        columns = torch.zeros_like(moments.column)
-        for block in blocks:
-            squares = gradient[block].float().square()
-            moments.row[block].lerp_(squares.mean(1, keepdim=True), 1.0 - decay)
-            columns += squares.sum(0, keepdim=True)
-        moments.column.lerp_(columns.div_(num_rows), 1.0 - decay)
-        row_scale = (moments.row / moments.row.mean().clamp_(min=_TINY)).clamp_(min=_TINY).rsqrt_()
-        column_scale = moments.column.clamp(min=_TINY).rsqrt_()
-        total = torch.zeros((), dtype=torch.float32, device=weight.device)
-        for block in blocks:
-            total += (gradient[block].float() * row_scale[block]).mul_(column_scale).square_().sum()
-        rms = total.div_(gradient.numel()).sqrt_()
-        factor = self.learning_rate / rms.div_(self.config.clip_rms).clamp_(min=1.0)
-        for block in blocks:
-            step = (gradient[block].float() * row_scale[block]).mul_(column_scale).mul_(factor)
+        update = FactoredUpdate(gradient, moments.row, moments.column, decay, self.config.clip_rms)
+        noise = self._noise.at(weight.device, name, moments.num_updates)
+        for block in update.blocks:
+            step = update.rows(block).mul_(self.learning_rate)
             if weight.dtype == torch.float32:
                 weight[block].sub_(step)
             else:
-                weight[block].copy_(stochastic_round_(weight[block].float().sub_(step)))
+                weight[block].copy_(stochastic_round_(weight[block].float().sub_(step), noise))
 
 
 def _new_moments(parameter: nn.Parameter) -> FactoredMoments:
-    rows = parameter.shape[0]
-    row = torch.zeros(rows, 1, dtype=torch.float32, device=parameter.device)
-    column = torch.zeros(1, parameter.numel() // rows, dtype=torch.float32, device=parameter.device)
+    num_rows, num_columns = matrix_shape(parameter.shape)
+    row = torch.zeros(num_rows, 1, dtype=torch.float32, device=parameter.device)
+    column = torch.zeros(1, num_columns, dtype=torch.float32, device=parameter.device)
     return FactoredMoments(row, column)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.chunks import Chunk
 from engine.cut import CutParameter, RowRange
 from engine.expansion import Expansion
+from engine.factored import matrix_shape
 from engine.stream import ParameterStream
 
 __all__ = ["Activation", "ActiveSlice", "CutParameter", "activate"]
@@ -36,6 +37,11 @@ class ActiveSlice:
     It is the only place where the gradient lives: ``parameter.grad`` stays None.
     """
     parameter: nn.Parameter
+
+    @property
+    def num_columns(self) -> int:
+        """Elements of the parameter's last dimension, 1 for a vector: the slice is a matrix with so many columns."""
+        return matrix_shape(self.parameter.shape)[1]
 
     def release_gradient(self) -> None:
         """Drop the gradient and its memory."""

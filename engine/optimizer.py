@@ -2,7 +2,7 @@
 
 Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit
 and leave with its last: with one update per visit they pass through block by block, and the device never holds more
-than one block's states.
+than one block's states, or two where copies run beside the updates (:mod:`engine.transfer`).
 
 Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
 bf16 weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
@@ -10,58 +10,21 @@ bf16 weights are updated in fp32; ``master`` says what becomes of the bits that 
 
 from __future__ import annotations
 
-import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from engine.factored import FactoredUpdate
 from engine.gradients import ActiveSlice
-from engine.rounding import join, split, stochastic_round_
-from engine.rules import RULES, HyperParameters
+from engine.quantise import dequantise, quantise
+from engine.rounding import Noise, join, split, stochastic_round_
+from engine.rules import RULES, HyperParameters, decay_
 from engine.schedule import Visit
 from engine.spec import Master, Optimizer, StateDtype
-
-BLOCK_NUMEL = 4 * 2**20
-"""Elements updated at a time: AdamW's fp32 states of a block take 32 MiB, a bf16 weight's temporaries 48 MiB."""
-
-BlockKey = tuple[int, int]
-"""Ordinal of the slice within its chunk, and first element of the block within the slice."""
-
-
-@dataclass(slots=True)
-class BlockStates:
-    """What is kept for a block of weights, [numel] each: moments, and the int16 residual or the fp32 master."""
-
-    moments: list[Tensor]
-    residual: Tensor | None = None
-    master: Tensor | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        named = {f"moment{i}": moment for i, moment in enumerate(self.moments)}
-        if self.residual is not None:
-            named["residual"] = self.residual
-        if self.master is not None:
-            named["master"] = self.master
-        return named
-
-    @staticmethod
-    def of(named: dict[str, Tensor]) -> BlockStates:
-        """Inverse of :meth:`named`."""
-        moments = [named[name] for name in sorted(named) if name.startswith("moment")]
-        return BlockStates(moments, named.get("residual"), named.get("master"))
-
-
-@dataclass(slots=True)
-class ChunkStates:
-    """One chunk's states: how often it was updated, the run's number of its last update, and its blocks' states."""
-
-    num_updates: int = 0
-    last_update: int = -1
-    host: dict[BlockKey, BlockStates] = field(default_factory=dict)
-    device: dict[BlockKey, BlockStates] = field(default_factory=dict)
+from engine.states import MOMENT_SIGNS, StateLayout
+from engine.transfer import WHOLE, BlockKey, ChunkStates, Lane, Passage, States, lane_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,114 +36,188 @@ class OptimizerConfig(HyperParameters):
     states: Literal["keep", "reset"] = "keep"
     state_dtype: StateDtype = StateDtype.FP32
     master: Master = Master.NONE
+    seed: int = 0
+    """Of stochastic rounding."""
+
+    def layout(self, weight: Tensor) -> StateLayout:
+        """The states of a weight."""
+        master = Master.NONE if weight.dtype == torch.float32 else self.master
+        return StateLayout(self.rule, self.state_dtype, self.states, master)
 
 
 class ChunkOptimizer:
-    """Updates one chunk at a time; see the module's docstring."""
+    """Updates one chunk at a time; see the module's docstring.
 
-    def __init__(self, config: OptimizerConfig) -> None:
+    Args:
+        config: what to do.
+        lane: where states travel; default: what suits the weights' device.
+    """
+
+    def __init__(self, config: OptimizerConfig, lane: Lane | None = None) -> None:
         self.config = config
         self.chunks: dict[int, ChunkStates] = {}
+        self._lane = lane
+        self._noise = Noise(config.seed)
 
     def update(self, active: list[ActiveSlice], visit: Visit, learning_rate: float) -> float | None:
         """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without clipping."""
         norm = clip_(active, self.config.max_grad_norm)
+        self.begin(visit)
+        for ordinal, piece in enumerate(active):
+            self.update_slice(ordinal, piece, visit, learning_rate)
+        self.finish(active, visit)
+        return norm
+
+    def begin(self, visit: Visit) -> None:
+        """Count an update of the visit's chunk, whose slices are updated next, in any order."""
         states = self.chunks.setdefault(visit.chunk_index, ChunkStates())
         if visit.is_first and self.config.states == "reset":
             states.num_updates = 0
             states.device.clear()
-            for home in states.host.values():
-                home.moments = []
         states.num_updates += 1
         states.last_update = visit.update
-        for ordinal, piece in enumerate(active):
-            self.update_slice(states, ordinal, piece, visit.is_last, learning_rate)
-        if visit.is_last:
-            for key in list(states.device):  # of slices that got no gradient this time
-                self._leave(states, key)
-        return norm
 
-    def update_slice(
-        self, states: ChunkStates, ordinal: int, piece: ActiveSlice, is_last: bool, learning_rate: float
-    ) -> None:
-        """Update the slice's weights block by block, then release its gradient; ``is_last`` sends its states away."""
+    def update_slice(self, ordinal: int, piece: ActiveSlice, visit: Visit, learning_rate: float) -> None:
+        """Update the slice's weights block by block, then release its gradient; the visit's last update sends its
+        states away.
+        """
         gradient = piece.tensor.grad
         if gradient is None:
             return
-        weight = piece.tensor.detach()
-        for begin in range(0, weight.numel(), BLOCK_NUMEL):
-            block = slice(begin, begin + BLOCK_NUMEL)
-            self._update_block(states, (ordinal, begin), weight[block], gradient[block], learning_rate)
-            if is_last:
-                self._leave(states, (ordinal, begin))
+        _SliceUpdate(self, ordinal, piece, gradient, visit, learning_rate).run()
         del gradient
         piece.release_gradient()
 
-    @torch.no_grad()
-    def _update_block(
-        self, states: ChunkStates, key: BlockKey, weight: Tensor, gradient: Tensor, learning_rate: float
-    ) -> None:
-        here = states.device.get(key) or self._enter(states, key, weight)
-        exact = _exact(weight, here)
-        moments = [moment.float() for moment in here.moments]
-        rule = RULES[self.config.rule]
-        rule(exact, gradient.float(), moments, states.num_updates, learning_rate, self.config)
-        for stored, moment in zip(here.moments, moments, strict=True):
-            if stored is not moment:
-                stored.copy_(stochastic_round_(moment))
-        del moments
-        _write_back(exact, weight, here)
-
-    def _enter(self, states: ChunkStates, key: BlockKey, weight: Tensor) -> BlockStates:
-        """A block's states on the device: from the host, or new."""
-        config, at_home = self.config, states.host.get(key)
-        dtype = torch.float32 if config.state_dtype is StateDtype.FP32 else torch.bfloat16
-        here = BlockStates([torch.zeros_like(weight, dtype=dtype) for _ in range(config.rule.num_moments)])
-        if weight.dtype != torch.float32 and config.master is Master.RESIDUAL:
-            here.residual = torch.zeros_like(weight, dtype=torch.int16)
-        if weight.dtype != torch.float32 and config.master is Master.FP32:
-            here.master = weight.float()
-        states.device[key] = here
-        if at_home is not None:
-            named = here.named()
-            for name, tensor in at_home.named().items():
-                named[name].copy_(tensor)
-        return here
-
-    def _leave(self, states: ChunkStates, key: BlockKey) -> None:
-        """Send a block's states to the host, or drop those that do not outlive the visit."""
-        here = states.device.pop(key)
-        here.master = None
-        if self.config.states == "reset":
-            here.moments = []
-        staying = here.named()
-        if not staying:
+    def finish(self, active: list[ActiveSlice], visit: Visit) -> None:
+        """All slices that got a gradient are updated: states of the others leave with the visit's last update."""
+        states = self.chunks[visit.chunk_index]
+        if not visit.is_last or not states.device:
             return
-        if key not in states.host:
-            states.host[key] = BlockStates.of({name: host_like(tensor) for name, tensor in staying.items()})
-        at_home = states.host[key].named()
-        for name, tensor in staying.items():
-            at_home[name].copy_(tensor)
+        layout, lane = self.config.layout(active[0].tensor), self.lane(active[0].tensor.device)
+        passage = Passage(states, layout, lane, {}, active[0].tensor.device)
+        for key in list(states.device):
+            passage.leave(key)
+        passage.close()
+
+    def lane(self, device: torch.device) -> Lane:
+        """Where states travel."""
+        if self._lane is None:
+            self._lane = lane_for(device)
+        return self._lane
+
+    def settle(self) -> None:
+        """Return when all states that left are home: call it before reading them there."""
+        if self._lane is not None:
+            self._lane.settle()
+
+    def noise(self, weight: Tensor, visit: Visit, key: BlockKey) -> Generator | None:
+        """What stochastic rounding draws from in a block."""
+        return self._noise.at(weight.device, visit.update, *key)
 
 
-def _exact(weight: Tensor, here: BlockStates) -> Tensor:
+class _SliceUpdate:
+    """One update of one slice."""
+
+    def __init__(
+        self, optimizer: ChunkOptimizer, ordinal: int, piece: ActiveSlice, gradient: Tensor, visit: Visit, rate: float
+    ) -> None:
+        self._optimizer, self._config = optimizer, optimizer.config
+        self._states = optimizer.chunks[visit.chunk_index]
+        self._visit, self._ordinal, self._rate = visit, ordinal, rate
+        self._weight, self._gradient = piece.tensor.detach(), gradient
+        self._num_columns = piece.num_columns
+        self._layout = layout = self._config.layout(self._weight)
+        numel = self._weight.numel()
+        self._blocks = {(ordinal, begin): size for begin, size in layout.blocks(numel, self._num_columns)}
+        wanted = {key: layout.of_block(size) for key, size in self._blocks.items()}
+        wanted[ordinal, WHOLE] = layout.of_slice(numel, self._num_columns)
+        lane = optimizer.lane(self._weight.device)
+        self._passage = Passage(self._states, layout, lane, wanted, self._weight.device)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Block by block."""
+        factored = self._factored() if self._config.rule is Optimizer.ADAFACTOR else None
+        keys = list(self._blocks)
+        for i, key in enumerate(keys):
+            here = self._passage.take(key, keys[i + 1 :])
+            self._update_block(key, here, factored)
+            if self._visit.is_last:
+                self._passage.leave(key)
+        if factored is not None and self._visit.is_last:
+            self._passage.leave((self._ordinal, WHOLE))
+        self._passage.close()
+
+    def _factored(self) -> FactoredUpdate:
+        """Adafactor's update, from second moments of the whole slice."""
+        factors = self._passage.take((self._ordinal, WHOLE), [])
+        matrix = self._gradient.view(-1, self._num_columns)
+        decay = 1.0 - self._states.num_updates**-0.8
+        return FactoredUpdate(matrix, factors["row"].unsqueeze(1), factors["column"].unsqueeze(0), decay, 1.0)
+
+    def _update_block(self, key: BlockKey, here: States, factored: FactoredUpdate | None) -> None:
+        begin, numel = key[1], self._blocks[key]
+        weight, gradient = self._weight[begin : begin + numel], self._gradient[begin : begin + numel]
+        if self._layout.master is Master.FP32 and "master" not in here:
+            here["master"] = weight.float()
+            self._states.device[key] = here
+        exact = _exact(weight, here)
+        noise = self._optimizer.noise(weight, self._visit, key)
+        if factored is not None:
+            first_row = begin // self._num_columns
+            update = factored.rows(slice(first_row, first_row + numel // self._num_columns))
+            decay_(exact, self._rate, self._config)
+            exact.sub_(update.mul_(self._rate).view(-1))
+            del update
+        else:
+            moments = _moments(here, self._layout)
+            rule, count = RULES[self._config.rule], self._states.num_updates
+            rule(exact, gradient.float(), [m[:numel] for m in moments], count, self._rate, self._config)
+            _store_moments(moments, here, self._layout, noise)
+            del moments
+        _write_back(exact, weight, here, noise)
+
+
+def _moments(here: States, layout: StateLayout) -> list[Tensor]:
+    """A block's moments in fp32: the stored tensors themselves, or new ones; 8-bit ones fill their last 256."""
+    found = []
+    for i, is_signed in enumerate(MOMENT_SIGNS[layout.rule]):
+        stored = here[f"moment{i}"]
+        if layout.state_dtype is StateDtype.INT8:
+            found.append(dequantise(stored, here[f"scale{i}"], is_signed))
+        else:
+            found.append(stored.float())
+    return found
+
+
+def _store_moments(moments: list[Tensor], here: States, layout: StateLayout, noise: Generator | None) -> None:
+    """Inverse of :func:`_moments`; overwrites ``moments``."""
+    for i, (moment, is_signed) in enumerate(zip(moments, MOMENT_SIGNS[layout.rule], strict=True)):
+        stored = here[f"moment{i}"]
+        if layout.state_dtype is StateDtype.INT8:
+            quantise(moment, stored, here[f"scale{i}"], is_signed, noise)
+        elif layout.state_dtype is StateDtype.BF16:
+            stored.copy_(stochastic_round_(moment, noise))
+
+
+def _exact(weight: Tensor, here: States) -> Tensor:
     """The fp32 weights to update: the weights themselves, the master, or a new tensor."""
-    if here.master is not None:
-        return here.master
-    if here.residual is not None:
-        return join(weight, here.residual)
+    if "master" in here:
+        return here["master"]
+    if "residual" in here:
+        return join(weight, here["residual"])
     return weight.float()
 
 
-def _write_back(exact: Tensor, weight: Tensor, here: BlockStates) -> None:
+def _write_back(exact: Tensor, weight: Tensor, here: States, noise: Generator | None) -> None:
     if weight.dtype == torch.float32:
         return
-    if here.residual is not None:
-        split(exact, weight, here.residual)
-    elif here.master is not None:
+    if "residual" in here:
+        split(exact, weight, here["residual"])
+    elif "master" in here:
         weight.copy_(exact)
     else:
-        weight.copy_(stochastic_round_(exact))
+        weight.copy_(stochastic_round_(exact, noise))
 
 
 def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
@@ -194,11 +231,3 @@ def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
     for gradient in gradients:
         gradient.mul_(factor)
     return 0.0 if total.device.type == "meta" else float(total)
-
-
-def host_like(tensor: Tensor) -> Tensor:
-    """Host memory for a state: pinned for a GPU; when the device is the CPU, pages outside torch's allocator."""
-    if tensor.device.type == "cpu":
-        pages = mmap.mmap(-1, max(tensor.numel() * tensor.element_size(), 1))
-        return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel())
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")

@@ -1,19 +1,42 @@
-"""bf16 and its fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves over."""
+"""bf16 and its fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves over.
+
+What stochastic rounding draws depends on the place and the update alone, not on what was drawn before: an update gives
+the same weights whenever in the step it happens.
+"""
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 _LOW_HALF = 2**16
 
 
-def stochastic_round_(exact: Tensor) -> Tensor:
+class Noise:
+    """Random generators for places of the parameter stream."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, Generator] = {}
+
+    def at(self, device: torch.device, *place: int | str) -> Generator | None:
+        """The generator on ``device``, set to the beginning of what belongs to this place; None where nothing runs."""
+        if device.type == "meta":
+            return None
+        if device not in self._generators:
+            self._generators[device] = Generator(device)
+        digest = hashlib.blake2b(repr((self._seed, *place)).encode(), digest_size=8).digest()
+        return self._generators[device].manual_seed(int.from_bytes(digest))
+
+
+def stochastic_round_(exact: Tensor, noise: Generator | None = None) -> Tensor:
     """Round fp32 to bf16 values in place, up or down, so that the mean is exact. Returns ``exact``."""
     bits = exact.view(torch.int32)
-    noise = torch.randint(0, _LOW_HALF, bits.shape, dtype=torch.int32, device=bits.device)
+    drawn = torch.randint(0, _LOW_HALF, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
     # The low half is cut off after the noise was added: a carry into the high half is rounding up.
-    bits.add_(noise).bitwise_and_(-_LOW_HALF)
+    bits.add_(drawn).bitwise_and_(-_LOW_HALF)
     return exact
 
 

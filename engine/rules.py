@@ -1,6 +1,7 @@
-"""Optimizers as update rules on one block of fp32 weights: which moments they keep, and what an update does with them.
+"""Elementwise optimizers as update rules on one block of fp32 weights and moments.
 
-All are elementwise, so that a block of a slice of a tensor is updated exactly as it would be within the whole tensor.
+A block of a slice of a tensor is updated exactly as it would be within the whole tensor. Adafactor is not elementwise:
+see :mod:`engine.factored`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def _adamw(
     )  # fmt: skip
 
 
-def _decay_(weight: Tensor, lr: float, hyper: HyperParameters) -> None:
+def decay_(weight: Tensor, lr: float, hyper: HyperParameters) -> None:
+    """Decoupled weight decay, in place."""
     if hyper.weight_decay:
         weight.mul_(1.0 - lr * hyper.weight_decay)
 
@@ -56,7 +58,7 @@ def _lion(
 ) -> None:
     """Sign of the interpolated momentum. Source: Chen et al., arXiv 2302.06675, algorithm 2."""
     (momentum,) = moments
-    _decay_(weight, lr, hyper)
+    decay_(weight, lr, hyper)
     weight.add_(momentum.lerp(gradient, 1.0 - hyper.beta1).sign_(), alpha=-lr)
     momentum.lerp_(gradient, 1.0 - hyper.beta2)
 
@@ -66,7 +68,7 @@ def _sgd(
 ) -> None:
     """Heavy-ball momentum as in torch.optim.SGD, with decoupled weight decay."""
     (momentum,) = moments
-    _decay_(weight, lr, hyper)
+    decay_(weight, lr, hyper)
     momentum.mul_(hyper.beta1 if count > 1 else 0.0).add_(gradient)
     weight.add_(momentum, alpha=-lr)
 
@@ -76,7 +78,7 @@ def _adagrad(
 ) -> None:
     """As torch.optim.Adagrad without rate decay, with decoupled weight decay."""
     (total,) = moments
-    _decay_(weight, lr, hyper)
+    decay_(weight, lr, hyper)
     total.addcmul_(gradient, gradient)
     weight.addcdiv_(gradient, total.sqrt().add_(hyper.eps), value=-lr)
 
@@ -86,13 +88,14 @@ def _rmsprop(
 ) -> None:
     """As torch.optim.RMSprop (not centred, no momentum), with decoupled weight decay."""
     (mean_square,) = moments
-    _decay_(weight, lr, hyper)
+    decay_(weight, lr, hyper)
     mean_square.mul_(hyper.beta2).addcmul_(gradient, gradient, value=1.0 - hyper.beta2)
     weight.addcdiv_(gradient, mean_square.sqrt().add_(hyper.eps), value=-lr)
 
 
 RULES: dict[Optimizer, UpdateRule] = {
     Optimizer.ADAMW: _adamw,
+    Optimizer.ADAMW8BIT: _adamw,
     Optimizer.LION: _lion,
     Optimizer.SGD: _sgd,
     Optimizer.ADAGRAD: _adagrad,

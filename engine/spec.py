@@ -5,7 +5,6 @@ Imports no torch: servers and cached plans load this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,15 +44,13 @@ class Optimizer(StrEnum):
     """Which rule updates the active chunk."""
 
     ADAMW = "adamw"
+    ADAMW8BIT = "adamw8bit"
+    """AdamW with ``state_dtype: int8``."""
+    ADAFACTOR = "adafactor"
     LION = "lion"
     SGD = "sgd"
     ADAGRAD = "adagrad"
     RMSPROP = "rmsprop"
-
-    @property
-    def num_moments(self) -> int:
-        """State tensors of the weights' size."""
-        return 2 if self is Optimizer.ADAMW else 1
 
 
 class StateDtype(StrEnum):
@@ -61,11 +58,8 @@ class StateDtype(StrEnum):
 
     FP32 = "fp32"
     BF16 = "bf16"
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element."""
-        return 4 if self is StateDtype.FP32 else 2
+    INT8 = "int8"
+    """8-bit codes, and an fp32 scale per 256 of them."""
 
 
 class Master(StrEnum):
@@ -86,22 +80,12 @@ class ScheduleSpec(SpecModel):
     states: Literal["keep", "reset"] = "keep"
     """``keep``: states live in host memory between visits; ``reset``: they start from zero at every visit."""
     state_dtype: StateDtype = StateDtype.FP32
-    """bf16 states are rounded stochastically."""
+    """bf16 and int8 states are rounded stochastically. The optimizer ``adamw8bit`` has int8 states."""
     master: Master = Master.NONE
     """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long as the
     chunk is visited. ``residual``: an exact fp32 master, whose low 16 bits are kept on the host for ever."""
     expansion: Literal["none", "factored"] = "none"
     """``factored``: parameters above the active chunk take a step too, in backward, with factored second moments."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateSizes:
-    """Bytes per weight of each tensor that an optimizer keeps beside it."""
-
-    device: tuple[int, ...]
-    """While a block of the active chunk is on the device."""
-    host: tuple[int, ...]
-    """Between visits."""
 
 
 class CheckpointedLayers(SpecModel):
@@ -138,6 +122,19 @@ class TrainingSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
+    def _states_fit_the_optimizer(self) -> TrainingSpec:
+        if self.schedule == "auto":
+            return self
+        asked = self.schedule.state_dtype if "state_dtype" in self.schedule.model_fields_set else None
+        try:
+            resolved = resolved_state_dtype(self.optimizer, asked)
+        except InputError as error:
+            raise ValueError(f"schedule.state_dtype: {error.message}") from error
+        if resolved is not self.schedule.state_dtype:
+            object.__setattr__(self, "schedule", self.schedule.model_copy(update={"state_dtype": resolved}))
+        return self
+
+    @model_validator(mode="after")
     def _masters_are_for_bf16(self) -> TrainingSpec:
         is_asked = self.schedule != "auto" and self.schedule.master is not Master.NONE
         if is_asked and self.precision is Precision.FP32:
@@ -154,12 +151,26 @@ class TrainingSpec(SpecModel):
         return self
 
 
-def state_sizes(training: TrainingSpec, schedule: ScheduleSpec) -> StateSizes:
-    """What optimizer and schedule keep for every weight, on the device and on the host."""
-    moments = (schedule.state_dtype.itemsize,) * training.optimizer.num_moments
-    residual = (2,) if schedule.master is Master.RESIDUAL else ()
-    master = (4,) if schedule.master is Master.FP32 else ()
-    return StateSizes(moments + residual + master, (moments if schedule.states == "keep" else ()) + residual)
+def resolved_state_dtype(optimizer: Optimizer, asked: StateDtype | None) -> StateDtype:
+    """How an optimizer's states are stored when the user asked for this, or for nothing.
+
+    Raises:
+        InputError: the two contradict each other.
+    """
+    if optimizer is Optimizer.ADAMW8BIT and asked not in (None, StateDtype.INT8):
+        raise InputError(
+            "training.schedule.state_dtype", f"'adamw8bit' is AdamW with int8 states: use 'adamw' for {asked}"
+        )
+    if optimizer is Optimizer.ADAFACTOR and asked not in (None, StateDtype.FP32):
+        raise InputError(
+            "training.schedule.state_dtype", "'adafactor' keeps a row and a column of fp32 per matrix: use 'fp32'"
+        )
+    return asked or (StateDtype.INT8 if optimizer is Optimizer.ADAMW8BIT else StateDtype.FP32)
+
+
+def default_schedule(optimizer: Optimizer, num_chunks: int) -> ScheduleSpec:
+    """A schedule that asks for nothing but its number of chunks."""
+    return ScheduleSpec(num_chunks=num_chunks, state_dtype=resolved_state_dtype(optimizer, None))
 
 
 class JobTraining(TrainingSpec):

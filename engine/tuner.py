@@ -21,7 +21,7 @@ from engine.gradients import Activation, ActiveSlice
 from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rules import DEFAULT_BETAS
 from engine.schedule import Schedule, Visit
-from engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype, TrainingSpec
+from engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype, TrainingSpec, resolved_state_dtype
 from engine.step import (
     Observer,
     StepOptions,
@@ -44,7 +44,7 @@ class ChunkFT:
         order: in which order a cycle visits the chunks.
         switch_every: optimizer updates per visit.
         states: ``keep`` optimizer states in host memory between visits, or ``reset`` them.
-        state_dtype: how states are stored; they are computed in fp32.
+        state_dtype: how states are stored; they are computed in fp32. Default: fp32, int8 for ``adamw8bit``.
         master: what keeps the precision that bf16 weights lack, see :class:`engine.spec.ScheduleSpec`.
         optimizer: the update rule.
         betas: of the rule; default: what is usual for it.
@@ -68,9 +68,10 @@ class ChunkFT:
         order: Order | Literal["descending", "ascending", "random"] = Order.DESCENDING,
         switch_every: int = 1,
         states: Literal["keep", "reset"] = "keep",
-        state_dtype: StateDtype | Literal["fp32", "bf16"] = StateDtype.FP32,
+        state_dtype: StateDtype | Literal["fp32", "bf16", "int8"] | None = None,
         master: Master | Literal["none", "fp32", "residual"] = Master.NONE,
-        optimizer: Optimizer | Literal["adamw", "lion", "sgd", "adagrad", "rmsprop"] = Optimizer.ADAMW,
+        optimizer: Optimizer
+        | Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd", "adagrad", "rmsprop"] = Optimizer.ADAMW,
         weight_decay: float = 0.0,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
@@ -89,22 +90,25 @@ class ChunkFT:
         self.chunks = self.stream.partition(num_chunks)
         self.schedule = Schedule(num_chunks, Order(order), switch_every, seed)
         rule = Optimizer(optimizer)
+        beta1, beta2 = betas or DEFAULT_BETAS[rule]
         self.optimizer = ChunkOptimizer(
             OptimizerConfig(
-                weight_decay,
-                *(betas or DEFAULT_BETAS[rule]),
-                eps,
-                rule,
-                max_grad_norm,
-                states,
-                StateDtype(state_dtype),
-                Master(master),
+                weight_decay=weight_decay,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                rule=rule,
+                max_grad_norm=max_grad_norm,
+                states=states,
+                state_dtype=resolved_state_dtype(rule, StateDtype(state_dtype) if state_dtype else None),
+                master=Master(master),
+                seed=seed,
             )
         )
         self.num_updates = 0
         # Rates must not refer to the tuner: a cycle would keep its states alive until the collector comes by.
         self.lr = rate = _rate(lr)
-        self.expansion = Expansion(model.named_parameters()) if expansion == "factored" else None
+        self.expansion = Expansion(model.named_parameters(), seed=seed) if expansion == "factored" else None
         self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: rate(update) / 3
         self.options = StepOptions(loss, activation_checkpointing)
         self._observer = observer or Unobserved()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.chunks import Chunk
-from engine.spec import ScheduleSpec, TrainingSpec
+from engine.spec import Optimizer, ScheduleSpec, TrainingSpec
 from planner.overheads import host_threads
 from planner.segments import StepTrace
 from planner.structure import ChunkRoles, ModelStructure
@@ -28,14 +28,18 @@ _TRACED_CODE = {
         "checkpointing",
         "cut",
         "expansion",
+        "factored",
         "gradients",
         "loss",
         "models",
         "optimizer",
+        "quantise",
         "rounding",
         "rules",
+        "states",
         "step",
         "stream",
+        "transfer",
     ),
     "planner": ("kernels", "memory", "overheads", "segments", "structure", "trace", "update"),
 }
@@ -117,17 +121,18 @@ class TraceStore:
             self._steps[key] = trace
         return self._steps[key]
 
-    def update(self, numel: int, schedule: ScheduleSpec, comes: bool, leaves: bool) -> StepTrace:
-        """The optimizer's update of a slice of ``numel`` elements."""
+    def update(self, numel: int, num_columns: int, schedule: ScheduleSpec, *, comes: bool, leaves: bool) -> StepTrace:
+        """The optimizer's update of a slice of ``numel`` elements, ``num_columns`` in its last dimension."""
         training = self._training
         kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
-        key = repr((numel, training.optimizer.value, training.precision.value, kept, comes, leaves))
+        shape = (numel, num_columns if training.optimizer is Optimizer.ADAFACTOR else 1)
+        key = repr((shape, training.optimizer.value, training.precision.value, kept, comes, leaves))
         if key not in self._steps:
             known = self._content["updates"].get(key)
             if known is None:
                 from planner.update import trace_update
 
-                trace = trace_update(self._device_kind, numel, training, schedule, comes, leaves)
+                trace = trace_update(self._device_kind, *shape, training, schedule, comes=comes, leaves=leaves)
                 self._content["updates"][key] = trace.to_json()
                 self._is_changed = True
             else:

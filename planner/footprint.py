@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.chunks import Chunk, partition
+from engine.chunks import Chunk, Slice, partition
 from engine.errors import InputError
-from engine.spec import ScheduleSpec, TrainingSpec, state_sizes
+from engine.spec import ScheduleSpec, TrainingSpec
+from engine.states import StateLayout
 from planner.cache import TraceStore
 from planner.compose import SegmentSummary, summarise
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
@@ -118,9 +119,14 @@ class Footprints:
         mean_seconds = total_seconds / schedule.switch_every
         return ChunkFootprint(chunk, tuple(highest), phase_peaks, mean_seconds, trace, runs)
 
-    def update_trace(self, numel: int, schedule: ScheduleSpec, update: Update) -> StepTrace:
+    def update_trace(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> StepTrace:
         """The optimizer's work on one slice."""
-        return self.store.update(numel, schedule, update.comes, update.leaves)
+        return self.store.update(
+            piece.numel, self._num_columns(piece), schedule, comes=update.comes, leaves=update.leaves
+        )
+
+    def _num_columns(self, piece: Slice) -> int:
+        return self.structure.parameters[piece.index].num_columns
 
     def resident(self, schedule: ScheduleSpec) -> list[int]:
         """Live bytes by category between two steps."""
@@ -134,15 +140,20 @@ class Footprints:
     def factored_bytes(self) -> list[int]:
         """Sizes of the factored moments of all parameters: an fp32 per row and one per column."""
         infos = self.structure.parameters
-        return [4 * length for info in infos for length in (info.shape[0], info.numel // info.shape[0])]
+        return [4 * length for info in infos for length in (info.numel // info.num_columns, info.num_columns)]
 
     def rounded(self, size_bytes: int) -> int:
         """Size of a block as the device's allocator counts it."""
         return -(-size_bytes // self.granularity) * self.granularity
 
-    def states_bytes(self, numel: int, schedule: ScheduleSpec) -> int:
-        """What the optimizer keeps on the device for a slice of ``numel`` elements."""
-        return sum(self.rounded(numel * size) for size in state_sizes(self.training, schedule).device)
+    def states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps on the device for a slice."""
+        layout = StateLayout.of(self.training, schedule)
+        return sum(map(self.rounded, layout.device_bytes(piece.numel, self._num_columns(piece))))
+
+    def host_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps in host memory for a slice between visits."""
+        return StateLayout.of(self.training, schedule).host_bytes(piece.numel, self._num_columns(piece))
 
     def _moments(
         self, chunk: Chunk, summaries: Sequence[SegmentSummary], schedule: ScheduleSpec, update: Update
@@ -150,7 +161,7 @@ class Footprints:
         training = self.training
         live = self.resident(schedule)
         if not update.comes:
-            live[_STATES] += sum(self.states_bytes(piece.numel, schedule) for piece in chunk.slices)
+            live[_STATES] += sum(self.states_bytes(piece, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1
         live[_OTHER] += 2 * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
@@ -163,7 +174,7 @@ class Footprints:
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
             seconds += self._seconds(summary.work) * summary.num_copies
         seconds *= training.gradient_accumulation_steps
-        updates = [self._update(piece.numel, schedule, update) for piece in chunk.slices]
+        updates = [self._update(piece, schedule, update) for piece in chunk.slices]
         if training.max_grad_norm is not None:
             clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
             moments.append(Moment("optimizer", "clip", seconds, max(clips, key=sum)))
@@ -174,16 +185,16 @@ class Footprints:
             moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
             if update.leaves and not update.comes:
-                live[_STATES] -= self.states_bytes(piece.numel, schedule)
+                live[_STATES] -= self.states_bytes(piece, schedule)
             seconds += self._seconds(summary.work)
-            at_home = sum(state_sizes(training, schedule).host)
-            if at_home and self.gpu.kind != "cpu":
-                seconds += (update.comes + update.leaves) * transfer_seconds(piece.numel * at_home, self.gpu)
+            if self.gpu.kind != "cpu":
+                at_home = self.host_bytes(piece, schedule)
+                seconds += (update.comes + update.leaves) * transfer_seconds(at_home, self.gpu)
         return moments, seconds
 
-    def _update(self, numel: int, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
-        trace = self.update_trace(numel, schedule, update)
-        return {summary.phase: summary for summary in summarise(trace, (), (numel,), 0, self.granularity)}
+    def _update(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
+        trace = self.update_trace(piece, schedule, update)
+        return {summary.phase: summary for summary in summarise(trace, (), (piece.numel,), 0, self.granularity)}
 
     def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
         return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from engine.chunks import Chunk
 from engine.errors import InputError
 from engine.schedule import Schedule
-from engine.spec import ScheduleSpec, TrainingSpec, state_sizes
+from engine.spec import ScheduleSpec, TrainingSpec
 from planner.cache import TraceStore, code_digest
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
@@ -86,8 +86,7 @@ class Planner:
         categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
         breakdown = Breakdown(**categories)
         allocated = breakdown.total_bytes
-        kept = sum(state_sizes(footprints.training, schedule).host)
-        slabs = kept * footprints.structure.num_parameters
+        slabs = sum(footprints.host_bytes(piece, schedule) for chunk in chunks for piece in chunk.chunk.slices)
         if self.gpu.kind == "cpu":
             reserved = allocated
             structure = footprints.structure

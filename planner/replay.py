@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from engine.chunks import Slice
 from engine.schedule import Schedule
 from engine.spec import ScheduleSpec
 from planner.allocator import CachingAllocator
@@ -70,18 +71,20 @@ class _Replay:
                 live[block] = ordinal
                 self._next = max(self._next, block + 1)
         gradients |= {ordinal: block for block, ordinal in live.items() if ordinal >= 0}
-        states = self._optimizer(numels, update, gradients, states)
+        states = self._optimizer(pieces, update, gradients, states)
         for block in live.keys() - gradients.values():
             self._allocator.free(block)
         return states
 
-    def _optimizer(self, numels: list[int], update: Update, gradients: dict[int, int], states: list[int]) -> list[int]:
+    def _optimizer(
+        self, pieces: Sequence[Slice], update: Update, gradients: dict[int, int], states: list[int]
+    ) -> list[int]:
         """Update the slices in turn; returns the blocks of states that stay on the device."""
         staying: list[int] = []
-        for position, numel in enumerate(numels):
+        for position, piece in enumerate(pieces):
             if position not in gradients:
                 continue
-            trace = self._footprints.update_trace(numel, self._schedule, update)
+            trace = self._footprints.update_trace(piece, self._schedule, update)
             blocks = {0: gradients[position]}
             (segment,) = (segment for segment in trace.segments if segment.phase == "optimizer")
             for event in segment.events:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.spec import ScheduleSpec, TrainingSpec
+from engine.spec import ScheduleSpec, TrainingSpec, default_schedule
 from planner.planning import Evaluation, Planner
 from planner.spec import Alternative
 
@@ -26,11 +26,11 @@ def choose(planner: Planner) -> Evaluation:
     if training.schedule != "auto":
         return planner.evaluate(training, training.schedule)
     if training.method == "full":
-        return planner.evaluate(training, ScheduleSpec(num_chunks=1))
+        return planner.evaluate(training, default_schedule(training.optimizer, 1))
     if planner.floor_bytes(training) > planner.capacity_bytes:
-        return planner.evaluate(training, _with_chunks(planner, ScheduleSpec(), 64))
+        return planner.evaluate(training, _with_chunks(planner, default_schedule(training.optimizer, 1), 64))
     best: Evaluation | None = None
-    for schedule in _schedules(planner, ScheduleSpec(num_chunks=1)):
+    for schedule in _schedules(planner, default_schedule(training.optimizer, 1)):
         candidate = planner.evaluate(training, schedule)
         if best is not None and best.fits and not _is_worthwhile(candidate, best):
             return best

@@ -7,8 +7,12 @@ from torch import nn
 
 from engine.gradients import ActiveSlice
 from engine.models import DTYPES
-from engine.optimizer import BLOCK_NUMEL, BlockKey, BlockStates, ChunkOptimizer, ChunkStates, OptimizerConfig, clip_
-from engine.spec import Master, ScheduleSpec, StateDtype, TrainingSpec, state_sizes
+from engine.optimizer import ChunkOptimizer, OptimizerConfig, clip_
+from engine.quantise import tables
+from engine.schedule import Visit
+from engine.spec import Master, ScheduleSpec, TrainingSpec
+from engine.states import StateLayout, StateTensor
+from engine.transfer import WHOLE, BlockKey, ChunkStates, Lane, States
 from planner.memory import MemoryTrace
 from planner.segments import CATEGORIES, EMBED, Block, StepTrace
 
@@ -17,38 +21,46 @@ _WORKSPACE = CATEGORIES.index("workspace")
 
 
 def trace_update(
-    device_kind: str, numel: int, training: TrainingSpec, schedule: ScheduleSpec, comes: bool, leaves: bool
+    device_kind: str,
+    numel: int,
+    num_columns: int,
+    training: TrainingSpec,
+    schedule: ScheduleSpec,
+    *,
+    comes: bool,
+    leaves: bool,
 ) -> StepTrace:
     """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and ``optimizer``.
 
     Args:
-        device_kind: decides which kernels run.
+        device_kind: decides which kernels run, and whether states travel beside the updates.
         numel: elements of the slice.
+        num_columns: elements of its last dimension.
         training: decides the rule and the weights' precision.
         schedule: decides what is kept, how, and where.
         comes: the states come to the device with this update.
         leaves: they leave with it.
     """
     leaf = torch.empty(numel, dtype=DTYPES[training.precision], device="meta", requires_grad=True)
-    piece = ActiveSlice("slice", 0, numel, leaf, nn.Parameter(torch.empty(0, device="meta")))
-    optimizer = ChunkOptimizer(
-        OptimizerConfig(
-            rule=training.optimizer,
-            states=schedule.states,
-            state_dtype=schedule.state_dtype,
-            master=schedule.master,
-        )
+    parameter = nn.Parameter(torch.empty(numel // num_columns, num_columns, device="meta"))
+    piece = ActiveSlice("slice", 0, numel, leaf, parameter)
+    config = OptimizerConfig(
+        rule=training.optimizer,
+        states=schedule.states,
+        state_dtype=schedule.state_dtype,
+        master=schedule.master,
     )
-    states = ChunkStates(1)
-    blocks = {(0, begin): min(BLOCK_NUMEL, numel - begin) for begin in range(0, numel, BLOCK_NUMEL)}
-    if state_sizes(training, schedule).host:
-        states.host = {key: _states(size, training, schedule, is_home=True) for key, size in blocks.items()}
-    if not comes:
-        states.device = {key: _states(size, training, schedule, is_home=False) for key, size in blocks.items()}
-    there = [*states.host.values(), *states.device.values()]
+    optimizer = ChunkOptimizer(config, Lane(ahead=0 if device_kind == "cpu" else 1))
+    states = optimizer.chunks[0] = ChunkStates(num_updates=1)
+    _fill(states, StateLayout.of(training, schedule), numel, num_columns, on_device=not comes)
     mode = MemoryTrace(device_kind)
-    for tensor in (leaf, *(tensor for kept in there for tensor in kept.named().values())):
+    for tensor in (
+        leaf,
+        *(t for there in (states.host, states.device) for kept in there.values() for t in kept.values()),
+    ):
         mode.ignore(tensor)
+    for is_signed in (True, False):
+        tables(is_signed, leaf.device)  # made once for a whole run, not in an update
     states.device = _Watched(mode, states.device)
     mode.category = _WORKSPACE
     with mode:
@@ -57,32 +69,41 @@ def trace_update(
         mode.enter_segment("clip", EMBED)
         clip_([piece], 1.0)
         mode.enter_segment("optimizer", EMBED)
-        optimizer.update_slice(states, 0, piece, leaves, 1e-3)
+        optimizer.update_slice(0, piece, Visit(1, 0, 0, is_first=comes, is_last=leaves), 1e-3)
         mode.enter_segment("end", EMBED)
     categories = {0: _GRADIENTS} | dict.fromkeys(states.device.blocks, _STATES)
     found = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))
     return StepTrace(found, mode.finished_segments(), (numel,))
 
 
-def _states(numel: int, training: TrainingSpec, schedule: ScheduleSpec, *, is_home: bool) -> BlockStates:
-    """A block's states as the optimizer would have made them."""
-    is_kept = not is_home or schedule.states == "keep"
-    moments = training.optimizer.num_moments if is_kept else 0
-    dtype = torch.float32 if schedule.state_dtype is StateDtype.FP32 else torch.bfloat16
-    residual = torch.empty(numel, dtype=torch.int16, device="meta") if schedule.master is Master.RESIDUAL else None
-    has_master = schedule.master is Master.FP32 and not is_home
-    master = torch.empty(numel, dtype=torch.float32, device="meta") if has_master else None
-    return BlockStates([torch.empty(numel, dtype=dtype, device="meta") for _ in range(moments)], residual, master)
+def _fill(states: ChunkStates, layout: StateLayout, numel: int, num_columns: int, *, on_device: bool) -> None:
+    """The states of the slice as earlier updates would have left them."""
+    for begin, size in [(WHOLE, numel), *layout.blocks(numel, num_columns)]:
+        tensors = layout.of_slice(numel, num_columns) if begin == WHOLE else layout.of_block(size)
+        staying = {name: tensor for name, tensor in tensors.items() if layout.stays(name)}
+        if staying:
+            states.host[0, begin] = _made(staying)
+        if on_device:
+            if layout.master is Master.FP32 and begin != WHOLE:
+                tensors["master"] = StateTensor(size, "float32")
+            states.device[0, begin] = _made(tensors)
 
 
-class _Watched(dict[BlockKey, BlockStates]):
+def _made(tensors: dict[str, StateTensor]) -> States:
+    return {
+        name: torch.empty(tensor.numel, dtype=getattr(torch, tensor.dtype), device="meta")
+        for name, tensor in tensors.items()
+    }
+
+
+class _Watched(dict[BlockKey, States]):
     """The optimizer's states on the device; remembers which blocks of the trace they were."""
 
-    def __init__(self, mode: MemoryTrace, content: dict[BlockKey, BlockStates]) -> None:
+    def __init__(self, mode: MemoryTrace, content: dict[BlockKey, States]) -> None:
         super().__init__(content)
         self._mode = mode
         self.blocks: set[int] = set()
 
-    def __setitem__(self, key: BlockKey, kept: BlockStates) -> None:
-        self.blocks |= {self._mode.block_of(tensor) for tensor in kept.named().values()}
+    def __setitem__(self, key: BlockKey, kept: States) -> None:
+        self.blocks |= {self._mode.block_of(tensor) for tensor in kept.values()}
         super().__setitem__(key, kept)

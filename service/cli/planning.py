@@ -31,7 +31,7 @@ def plan(
     switch_every: Annotated[int | None, typer.Option(help="Updates per visit of a chunk.")] = None,
     states: Annotated[str | None, typer.Option(help="Optimizer states between visits: keep or reset.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32.")] = None,
-    state_dtype: Annotated[str | None, typer.Option(help="How states are stored: fp32 or bf16.")] = None,
+    state_dtype: Annotated[str | None, typer.Option(help="How states are stored: fp32, bf16 or int8.")] = None,
     master: Annotated[str | None, typer.Option(help="Master of bf16 weights: none, residual or fp32.")] = None,
     expansion: Annotated[str | None, typer.Option(help="Of what lies above the chunk: none or factored.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, lion, sgd, adagrad or rmsprop.")] = None,

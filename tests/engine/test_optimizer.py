@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from engine import ChunkFT, ParameterStream, activate
-from engine.optimizer import BLOCK_NUMEL, ChunkOptimizer, OptimizerConfig
+from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rounding import stochastic_round_
 from engine.schedule import Schedule
 from engine.spec import Order
+from engine.states import BLOCK_NUMEL
 from tests.engine.families import tiny_batch, tiny_model
 
 
@@ -102,7 +103,7 @@ def test_reset_leaves_nothing_on_the_host_and_keep_leaves_nothing_on_the_device(
                 chunks = tuner.optimizer.chunks.values()
                 on_device = [index for index, chunk in tuner.optimizer.chunks.items() if chunk.device]
                 assert on_device == ([] if update % 2 else [tuner.visit.chunk_index])
-            num_held = sum(m.moments[0].numel() for chunk in chunks for m in chunk.host.values())
+            num_held = sum(kept["moment0"].numel() for chunk in chunks for kept in chunk.host.values())
             done = sum(tuner.chunks[index].num_parameters for index in (3, 2))
             assert num_held == (done if states == "keep" else 0)
 
@@ -242,9 +243,9 @@ def test_moments_of_bf16_weights_are_fp32_and_decay():
         with activate(layer, ParameterStream(layer).partition(1)[0]) as active:
             (layer(torch.ones(1, 4, dtype=torch.bfloat16)) * (update == 0)).sum().backward()
             optimizer.update(active, schedule.visit(update), 1e-4)
-        (moments,) = optimizer.chunks[0].host.values()
-        assert moments.moments[1].dtype == torch.float32
-        seconds.append(float(moments.moments[1][0]))
+        (kept,) = optimizer.chunks[0].host.values()
+        assert kept["moment1"].dtype == torch.float32
+        seconds.append(float(kept["moment1"][0]))
     assert seconds[-1] == pytest.approx(seconds[0] * 0.999**49, rel=1e-4)
 
 
