@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from engine import ChunkFT, InputError, ParameterStream, activate
+from engine import InputError, ParameterStream, activate
 from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rounding import join, split
 from engine.schedule import Schedule
 from engine.spec import Master, Optimizer, StateDtype, TrainingSpec, parse
-from tests.engine.families import tiny_batch, tiny_model
 
 RULES = list(Optimizer)
 ELEMENTWISE = [rule for rule in RULES if rule is not Optimizer.ADAFACTOR]
@@ -20,25 +19,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-def gradients(num_updates, shape=(6, 8)):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for _ in range(num_updates)]
-
-
-def run(config, weight, updates, num_chunks=1, switch_every=1, lr=1e-2):
-    """Feed fixed gradients to a layer through the optimizer; returns the layer's weight."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    layer.weight.data.copy_(weight)
-    stream = ParameterStream(layer)
-    chunks, schedule = stream.partition(num_chunks), Schedule(num_chunks, switch_every=switch_every)
-    optimizer = ChunkOptimizer(config)
-    for update, gradient in enumerate(updates):
-        visit = schedule.visit(update)
-        with activate(layer, chunks[visit.chunk_index], stream) as active:
-            for piece in active:
-                piece.tensor.grad = gradient.flatten()[piece.start : piece.stop].to(weight.dtype)
-            optimizer.update(active, visit, lr)
-    return layer.weight.detach()
+def run(*arguments, **options):
+    """The layer's weight after the updates."""
+    return feed(*arguments, **options)[0]
 
 
 def torchs_own(rule, parameters):
