@@ -9,6 +9,8 @@ from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rounding import join, split
 from engine.schedule import Schedule
 from engine.spec import Master, Optimizer, StateDtype, TrainingSpec, parse
+from tests.engine.updates import gradients
+from tests.engine.updates import run as feed
 
 RULES = list(Optimizer)
 ELEMENTWISE = [rule for rule in RULES if rule is not Optimizer.ADAFACTOR]
