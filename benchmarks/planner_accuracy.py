@@ -166,8 +166,8 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
                     ids = torch.randint(0, config["vocab_size"], shape, generator=generator)
                     batches.append({"input_ids": ids, "labels": ids.clone()})
                 del ids
-            for batch in batches:
-                tuner.backward(batch, 1.0)
+            for i, batch in enumerate(batches, start=1):
+                tuner.backward(batch, 1.0, is_last=i == len(batches))
             tuner.step()
             del batches, batch
         samples += [Measured(chunk_index, s.phase, s.allocated_bytes) for s in profiler.samples]

@@ -6,6 +6,7 @@ Identity, ties and state_dict keys of every parameter stay what they are; engine
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -52,13 +53,24 @@ class ActiveSlice:
 class Activation:
     """Context manager in which exactly one chunk of a model has gradients.
 
+    ``on_gradient`` is called with a slice and its ordinal as soon as its gradient is complete, within backward. With an
+    expansion, the parameters above the chunk take part in the backward passes for which :meth:`expand` says so.
+
     It must stay open until backward has ended (recomputation under checkpointing needs it too). On exit the parameters'
     classes, ``requires_grad`` flags and gradients are what they were before.
     """
 
-    def __init__(self, stream: ParameterStream, chunk: Chunk, expansion: Expansion | None = None) -> None:
+    def __init__(
+        self,
+        stream: ParameterStream,
+        chunk: Chunk,
+        expansion: Expansion | None = None,
+        on_gradient: Callable[[int, ActiveSlice], None] | None = None,
+    ) -> None:
         self._stream = stream
         self._expansion = expansion
+        self._expanded: list[nn.Parameter] = []
+        self._on_gradient = on_gradient
         self._chunk = chunk
         self._was_trainable: list[bool] = []
         self._before: list[tuple[type[nn.Parameter], Tensor | None]] = []
@@ -79,14 +91,17 @@ class Activation:
             parameter.grad = None
             setattr(parameter, _MARK, True)
             leaf = parameter.detach().view(-1)[piece.start : piece.stop].requires_grad_(True)
+            active = ActiveSlice(self._stream.names[piece.index], piece.start, piece.stop, leaf, parameter)
+            arrived = self._arrival(len(self.slices), active)
             if piece.numel == parameter.numel():
-                self._activate_whole(parameter, leaf)
+                self._activate_whole(parameter, leaf, arrived)
             else:
                 row_numel = parameter.numel() // parameter.shape[0]
                 rows = RowRange(leaf, parameter.detach(), piece.start // row_numel, piece.stop // row_numel)
                 _become(parameter, CutParameter)
                 parameter.rows = rows  # type: ignore[attr-defined]
-            self.slices.append(ActiveSlice(self._stream.names[piece.index], piece.start, piece.stop, leaf, parameter))
+                self._hooks.append(leaf.register_post_accumulate_grad_hook(arrived))
+            self.slices.append(active)
         if self._expansion is not None:
             self._expand(self._expansion)
         return self.slices
@@ -96,13 +111,30 @@ class Activation:
         inside = {piece.index for piece in self._chunk.slices}
         for index in range(min(inside), len(self._stream.parameters)):
             if index not in inside:
+                self._expanded.append(self._stream.parameters[index])
                 self._hooks.append(expansion.watch(self._stream.names[index], self._stream.parameters[index]))
 
-    def _activate_whole(self, parameter: nn.Parameter, leaf: Tensor) -> None:
+    def expand(self, is_on: bool) -> None:
+        """Let the parameters above the chunk take part in the next backward pass, or not."""
+        for parameter in self._expanded:
+            parameter.requires_grad_(is_on)
+
+    def _arrival(self, ordinal: int, active: ActiveSlice) -> Callable[[Tensor], None]:
+        """What happens when the slice's gradient is complete: all of a backward pass's contributions are in it."""
+
+        def arrived(_: Tensor) -> None:
+            if self._on_gradient is not None:
+                self._on_gradient(ordinal, active)
+
+        return arrived
+
+    def _activate_whole(self, parameter: nn.Parameter, leaf: Tensor, arrived: Callable[[Tensor], None]) -> None:
         def move_gradient(owner: Tensor) -> None:
             assert owner.grad is not None
-            arrived, owner.grad = owner.grad.view(-1), None
-            leaf.grad = arrived if leaf.grad is None else leaf.grad.add_(arrived)
+            gradient, owner.grad = owner.grad.view(-1), None
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            del gradient
+            arrived(leaf)
 
         parameter.requires_grad_(True)
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move_gradient))
@@ -125,7 +157,7 @@ class Activation:
             parameter.grad = gradient
         for parameter, was_trainable in zip(self._stream.parameters, self._was_trainable, strict=True):
             parameter.requires_grad_(was_trainable)
-        self._hooks, self._before, self.slices = [], [], []
+        self._hooks, self._before, self._expanded, self.slices = [], [], [], []
 
 
 def _become(parameter: nn.Parameter, kind: type[nn.Parameter]) -> None:

@@ -57,19 +57,22 @@ class ChunkOptimizer:
         self.config = config
         self.chunks: dict[int, ChunkStates] = {}
         self._lane = lane
+        self._visit: Visit | None = None
+        self._learning_rate = 0.0
         self._noise = Noise(config.seed)
 
     def update(self, active: list[ActiveSlice], visit: Visit, learning_rate: float) -> float | None:
         """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without clipping."""
         norm = clip_(active, self.config.max_grad_norm)
-        self.begin(visit)
+        self.begin(visit, learning_rate)
         for ordinal, piece in enumerate(active):
-            self.update_slice(ordinal, piece, visit, learning_rate)
-        self.finish(active, visit)
+            self.update_slice(ordinal, piece)
+        self.finish(active)
         return norm
 
-    def begin(self, visit: Visit) -> None:
+    def begin(self, visit: Visit, learning_rate: float) -> None:
         """Count an update of the visit's chunk, whose slices are updated next, in any order."""
+        self._visit, self._learning_rate = visit, learning_rate
         states = self.chunks.setdefault(visit.chunk_index, ChunkStates())
         if visit.is_first and self.config.states == "reset":
             states.num_updates = 0
@@ -77,19 +80,22 @@ class ChunkOptimizer:
         states.num_updates += 1
         states.last_update = visit.update
 
-    def update_slice(self, ordinal: int, piece: ActiveSlice, visit: Visit, learning_rate: float) -> None:
+    def update_slice(self, ordinal: int, piece: ActiveSlice) -> None:
         """Update the slice's weights block by block, then release its gradient; the visit's last update sends its
         states away.
         """
         gradient = piece.tensor.grad
         if gradient is None:
             return
-        _SliceUpdate(self, ordinal, piece, gradient, visit, learning_rate).run()
+        assert self._visit is not None
+        _SliceUpdate(self, ordinal, piece, gradient, self._visit, self._learning_rate).run()
         del gradient
         piece.release_gradient()
 
-    def finish(self, active: list[ActiveSlice], visit: Visit) -> None:
+    def finish(self, active: list[ActiveSlice]) -> None:
         """All slices that got a gradient are updated: states of the others leave with the visit's last update."""
+        assert self._visit is not None
+        visit, self._visit = self._visit, None
         states = self.chunks[visit.chunk_index]
         if not visit.is_last or not states.device:
             return
@@ -98,6 +104,11 @@ class ChunkOptimizer:
         for key in list(states.device):
             passage.leave(key)
         passage.close()
+
+    @property
+    def is_updating(self) -> bool:
+        """Between :meth:`begin` and :meth:`finish`."""
+        return self._visit is not None
 
     def lane(self, device: torch.device) -> Lane:
         """Where states travel."""

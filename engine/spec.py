@@ -110,15 +110,23 @@ class TrainingSpec(SpecModel):
     schedule: Literal["auto"] | ScheduleSpec = Field(default_factory=ScheduleSpec)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
+    update_in_backward: bool = False
+    """Update each slice as soon as its gradient is complete, and free it: a chunk's gradients never exist together."""
 
     @model_validator(mode="after")
-    def _expansion_is_alone(self) -> TrainingSpec:
+    def _expansion_has_no_residuals(self) -> TrainingSpec:
         if self.schedule == "auto" or self.schedule.expansion == "none":
             return self
-        if self.gradient_accumulation_steps > 1:
-            raise ValueError("expansion 'factored' updates in every backward pass: use gradient_accumulation_steps 1")
         if self.schedule.master is Master.RESIDUAL:
             raise ValueError("expansion 'factored' would leave residual masters behind: use master 'none' or 'fp32'")
+        return self
+
+    @model_validator(mode="after")
+    def _update_in_backward_is_possible(self) -> TrainingSpec:
+        if self.update_in_backward and self.max_grad_norm is not None:
+            raise ValueError("update_in_backward never sees the whole chunk's gradient norm: set max_grad_norm to null")
+        if self.update_in_backward and self.gradient_accumulation_steps > 1:
+            raise ValueError("update_in_backward updates in every backward pass: use gradient_accumulation_steps 1")
         return self
 
     @model_validator(mode="after")

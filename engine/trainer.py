@@ -172,7 +172,9 @@ class Trainer:
             with self.profiler.phase("load"):
                 micro_batches = self._micro_batches(tuner.num_updates)
                 denominator = max(sum(num_counted_tokens(batch["labels"]) for batch in micro_batches), 1)
-            loss = sum(float(tuner.backward(batch, denominator)) for batch in micro_batches)
+            loss = 0.0
+            for i, batch in enumerate(micro_batches, start=1):
+                loss += float(tuner.backward(batch, denominator, is_last=i == len(micro_batches)))
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} at update {tuner.num_updates + 1}, chunk {visit.chunk_index}")
             norm = tuner.step()

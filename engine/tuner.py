@@ -49,6 +49,8 @@ class ChunkFT:
         optimizer: the update rule.
         betas: of the rule; default: what is usual for it.
         max_grad_norm: clip the active chunk's gradient norm; None turns it off.
+        update_in_backward: update each slice as soon as its gradient is complete, and free it; takes ``max_grad_norm``
+            None and one backward pass per update.
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
         expansion: ``factored``: parameters above the active chunk take a step too, see :mod:`engine.expansion`.
@@ -76,6 +78,7 @@ class ChunkFT:
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         max_grad_norm: float | None = 1.0,
+        update_in_backward: bool = False,
         loss: Literal["fused", "standard"] = "fused",
         activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none",
         expansion: Literal["none", "factored"] = "none",
@@ -83,6 +86,8 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> None:
+        if update_in_backward and max_grad_norm is not None:
+            raise InputError("max_grad_norm", "must be None: update_in_backward never sees the whole chunk's norm")
         if loss == "fused":
             check_fused_loss(model)
         self.model = model
@@ -110,6 +115,8 @@ class ChunkFT:
         self.lr = rate = _rate(lr)
         self.expansion = Expansion(model.named_parameters(), seed=seed) if expansion == "factored" else None
         self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: rate(update) / 3
+        self._updates_in_backward = update_in_backward
+        self._has_expanded = False
         self.options = StepOptions(loss, activation_checkpointing)
         self._observer = observer or Unobserved()
         self._activation: Activation | None = None
@@ -144,6 +151,7 @@ class ChunkFT:
             optimizer=training.optimizer,
             weight_decay=weight_decay,
             max_grad_norm=training.max_grad_norm,
+            update_in_backward=training.update_in_backward,
             loss=training.loss,
             activation_checkpointing=training.activation_checkpointing,
             expansion=schedule.expansion,
@@ -161,11 +169,15 @@ class ChunkFT:
     def active(self) -> list[ActiveSlice]:
         """The active chunk's slices; activates the chunk that is due."""
         if self._activation is None:
-            self._activation = Activation(self.stream, self.chunks[self.visit.chunk_index], self.expansion)
+            on_gradient = self.optimizer.update_slice if self._updates_in_backward else None
+            chunk = self.chunks[self.visit.chunk_index]
+            self._activation = Activation(self.stream, chunk, self.expansion, on_gradient)
             self._active = self._activation.__enter__()
         return self._active
 
-    def backward(self, batch: Mapping[str, Tensor], denominator: float | None = None) -> Tensor:
+    def backward(
+        self, batch: Mapping[str, Tensor], denominator: float | None = None, *, is_last: bool = True
+    ) -> Tensor:
         """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
 
         Args:
@@ -173,28 +185,47 @@ class ChunkFT:
                 pads on the right may come along: causal attention never looks there.
             denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
                 Default: of this one.
+            is_last: no micro-batch of this update follows. Matters with expansion only, whose steps happen in backward:
+                all micro-batches of an update must see the same weights.
 
         Returns:
             The detached loss, a scalar.
 
         Raises:
-            InputError: the batch holds something else that would change the result.
+            InputError: the batch holds something else that would change the result, or it comes after weights were
+                already updated in the backward pass of a batch before it.
         """
         _check_batch(batch)
         labels = batch["labels"]
         if denominator is None:
             denominator = max(num_counted_tokens(labels), 1)
         assert self.active
-        if self.expansion is not None:
-            self.expansion.learning_rate = self.expansion_lr(self.num_updates)
+        self._prepare_updates(is_last)
         return forward_backward(self.model, batch["input_ids"], labels, denominator, self.options, self._observer)
+
+    def _prepare_updates(self, is_last: bool) -> None:
+        """Updates that will happen within the backward pass that comes now."""
+        if self._has_expanded or self.optimizer.is_updating:
+            fix = "use update_in_backward=False" if self._updates_in_backward else "pass is_last=False for those before"
+            raise InputError("batch", f"weights were updated in the backward pass of a micro-batch before it: {fix}")
+        if self._updates_in_backward:
+            self.optimizer.begin(self.visit, self.lr(self.num_updates))
+        if self.expansion is not None and self._activation is not None:
+            self.expansion.learning_rate = self.expansion_lr(self.num_updates)
+            self._activation.expand(is_last)
+            self._has_expanded = is_last
 
     def step(self) -> float | None:
         """Update the active chunk, and move on when the next one is due. Returns the gradient norm before clipping."""
         visit = self.visit
         with self._observer.phase("optimizer"):
-            norm = self.optimizer.update(self.active, visit, self.lr(self.num_updates))
+            if self.optimizer.is_updating:
+                norm = None
+                self.optimizer.finish(self.active)
+            else:
+                norm = self.optimizer.update(self.active, visit, self.lr(self.num_updates))
         self.num_updates += 1
+        self._has_expanded = False
         if visit.is_last:
             self._leave_chunk()
         return norm

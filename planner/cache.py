@@ -78,7 +78,15 @@ class TraceStore:
     def _key(self) -> str:
         training = self._training.model_dump(
             mode="json",
-            include={"seq_len", "micro_batch_size", "precision", "activation_checkpointing", "loss", "attention"},
+            include={
+                "seq_len",
+                "micro_batch_size",
+                "precision",
+                "activation_checkpointing",
+                "loss",
+                "attention",
+                "update_in_backward",
+            },
         )
         accumulates = self._training.gradient_accumulation_steps > 1
         threads = host_threads() if self._device_kind == "cpu" else 0

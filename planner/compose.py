@@ -163,8 +163,23 @@ class SegmentSummary:
     work: tuple[tuple[int, int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SliceUpdate:
+    """The update of a slice that happens within the step, just before its gradient is freed; bytes by category."""
+
+    peak: tuple[int, ...]
+    """Highest moment, relative to the beginning of the update."""
+    net: tuple[int, ...]
+    """What is left afterwards, the gradient aside."""
+
+
 def summarise(
-    trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[int], itemsize: int, granularity: int
+    trace: StepTrace,
+    runs: Sequence[LayerRun],
+    slice_numels: Sequence[int],
+    itemsize: int,
+    granularity: int,
+    updates: Sequence[SliceUpdate] = (),
 ) -> list[SegmentSummary]:
     """The step's segments in order of time; copies of a repeated layer are one entry.
 
@@ -174,6 +189,7 @@ def summarise(
         slice_numels: elements of the chunk's slices.
         itemsize: bytes per element of a gradient.
         granularity: every block is rounded up to a multiple of this many bytes (512 on CUDA, 1 on the CPU).
+        updates: of the chunk's slices, where they are updated in backward.
     """
     layers = _Layers.of(runs)
     born = _births(trace)
@@ -188,6 +204,13 @@ def summarise(
             size_bytes = block.size_bytes if event >= 0 else -block.size_bytes
             if event < 0 and born[-1 - event] in shared:
                 size_bytes *= len(layers.real[born[-1 - event][1]])
+            if updates and event < 0 and block.slice_ordinal >= 0:
+                update = updates[block.slice_ordinal]
+                if total + sum(update.peak) > highest:
+                    highest = total + sum(update.peak)
+                    peak = tuple(a + b for a, b in zip(live, update.peak, strict=True))
+                live = [a + b for a, b in zip(live, update.net, strict=True)]
+                total += sum(update.net)
             live[block.category] += size_bytes
             total += size_bytes
             if total > highest:

@@ -10,7 +10,7 @@ from engine.errors import InputError
 from engine.spec import ScheduleSpec, TrainingSpec
 from engine.states import StateLayout
 from planner.cache import TraceStore
-from planner.compose import SegmentSummary, summarise
+from planner.compose import SegmentSummary, SliceUpdate, summarise
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from planner.spec import GpuSpec
 from planner.structure import ModelStructure, chunk_roles
@@ -106,12 +106,18 @@ class Footprints:
         runs = tuple(layer_runs(roles.layers))
         trace = self.store.step(chunk, roles, expands=schedule.expansion == "factored")
         numels = [piece.numel for piece in chunk.slices]
-        summaries = summarise(trace, runs, numels, self.training.precision.itemsize, self.granularity)
+        sizes = (numels, self.training.precision.itemsize, self.granularity)
+        summaries = summarise(trace, runs, *sizes)
+        accumulated: list[SegmentSummary] = []
+        if schedule.expansion == "factored" and self.training.gradient_accumulation_steps > 1:
+            accumulated = summarise(self.store.step(chunk, roles, expands=False), runs, *sizes)
         phase_peaks: dict[str, int] = {}
         highest: list[Moment] = []
         total_seconds = 0.0
         for update in updates_of_visit(schedule):
-            moments, seconds = self._moments(chunk, summaries, schedule, update)
+            if self.training.update_in_backward:
+                summaries = summarise(trace, runs, *sizes, self._updates_in_backward(chunk, schedule, update))
+            moments, seconds = self._moments(chunk, summaries, accumulated or summaries, schedule, update)
             total_seconds += seconds * update.count
             highest = max(highest, moments, key=lambda items: max((m.allocated_bytes for m in items), default=0))
             for moment in moments:
@@ -156,7 +162,12 @@ class Footprints:
         return StateLayout.of(self.training, schedule).host_bytes(piece.numel, self._num_columns(piece))
 
     def _moments(
-        self, chunk: Chunk, summaries: Sequence[SegmentSummary], schedule: ScheduleSpec, update: Update
+        self,
+        chunk: Chunk,
+        summaries: Sequence[SegmentSummary],
+        accumulated: Sequence[SegmentSummary],
+        schedule: ScheduleSpec,
+        update: Update,
     ) -> tuple[list[Moment], float]:
         training = self.training
         live = self.resident(schedule)
@@ -173,7 +184,7 @@ class Footprints:
                 moments.append(Moment(summary.phase, segment_name(summary), seconds, at_peak))
             live = [a + b for a, b in zip(live, summary.net, strict=True)]
             seconds += self._seconds(summary.work) * summary.num_copies
-        seconds *= training.gradient_accumulation_steps
+        seconds += others * sum(self._seconds(summary.work) * summary.num_copies for summary in accumulated)
         updates = [self._update(piece, schedule, update) for piece in chunk.slices]
         if training.max_grad_norm is not None:
             clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
@@ -181,16 +192,31 @@ class Footprints:
             seconds += sum(self._seconds(phases["clip"].work) for phases in updates)
         for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
             summary = phases["optimizer"]
-            at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
-            moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
-            live = [a + b for a, b in zip(live, summary.net, strict=True)]
-            if update.leaves and not update.comes:
-                live[_STATES] -= self.states_bytes(piece, schedule)
+            if not training.update_in_backward:
+                at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
+                moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
+                live = [a + b for a, b in zip(live, summary.net, strict=True)]
+                if update.leaves and not update.comes:
+                    live[_STATES] -= self.states_bytes(piece, schedule)
             seconds += self._seconds(summary.work)
             if self.gpu.kind != "cpu":
                 at_home = self.host_bytes(piece, schedule)
                 seconds += (update.comes + update.leaves) * transfer_seconds(at_home, self.gpu)
+        if training.update_in_backward:
+            moments.append(Moment("optimizer", "end", seconds, tuple(live)))
         return moments, seconds
+
+    def _updates_in_backward(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> list[SliceUpdate]:
+        """What the update of each slice adds to the moment at which its gradient is complete."""
+        found = []
+        for piece in chunk.slices:
+            summary = self._update(piece, schedule, update)["optimizer"]
+            net = list(summary.net)
+            net[_GRADIENTS] = 0
+            if update.leaves and not update.comes:
+                net[_STATES] -= self.states_bytes(piece, schedule)
+            found.append(SliceUpdate(summary.peak, tuple(net)))
+        return found
 
     def _update(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
         trace = self.update_trace(piece, schedule, update)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from engine.chunks import Slice
 from engine.schedule import Schedule
@@ -59,44 +59,41 @@ class _Replay:
         accumulates = self._footprints.training.gradient_accumulation_steps > 1
         if accumulates:
             gradients = {i: self._malloc(numel * itemsize) for i, numel in enumerate(numels)}
-        offset, live = self._next, dict[int, int]()
+        is_in_backward = self._footprints.training.update_in_backward
+        live: dict[int, tuple[int, int]] = {}
+        staying: list[int] = []
         for segment in compose(footprint.trace, footprint.runs, numels, itemsize):
             for number, size_bytes, ordinal in segment.events:
-                block = offset + number
-                if size_bytes < 0:
-                    self._allocator.free(block)
-                    del live[block]
+                if size_bytes >= 0:
+                    live[number] = self._malloc(size_bytes), ordinal
                     continue
-                self._allocator.malloc(block, size_bytes)
-                live[block] = ordinal
-                self._next = max(self._next, block + 1)
-        gradients |= {ordinal: block for block, ordinal in live.items() if ordinal >= 0}
-        states = self._optimizer(pieces, update, gradients, states)
-        for block in live.keys() - gradients.values():
-            self._allocator.free(block)
-        return states
-
-    def _optimizer(
-        self, pieces: Sequence[Slice], update: Update, gradients: dict[int, int], states: list[int]
-    ) -> list[int]:
-        """Update the slices in turn; returns the blocks of states that stay on the device."""
-        staying: list[int] = []
-        for position, piece in enumerate(pieces):
-            if position not in gradients:
-                continue
-            trace = self._footprints.update_trace(piece, self._schedule, update)
-            blocks = {0: gradients[position]}
-            (segment,) = (segment for segment in trace.segments if segment.phase == "optimizer")
-            for event in segment.events:
-                if event >= 0:
-                    blocks[event] = self._malloc(trace.blocks[event].size_bytes)
+                block, _ = live.pop(number)
+                if is_in_backward and ordinal >= 0:
+                    staying += self._update_slice(pieces[ordinal], update, block)
                 else:
-                    self._allocator.free(blocks.pop(-1 - event))
-            staying.extend(blocks.values())
+                    self._allocator.free(block)
+        gradients |= {ordinal: block for block, ordinal in live.values() if ordinal >= 0}
+        for position, block in sorted(gradients.items()):
+            staying += self._update_slice(pieces[position], update, block)
+        for block, _ in live.values():
+            if block not in gradients.values():
+                self._allocator.free(block)
         if update.leaves:
             for block in states:
                 self._allocator.free(block)
         return staying if update.comes else states
+
+    def _update_slice(self, piece: Slice, update: Update, gradient: int) -> list[int]:
+        """Update the slice and free its gradient; returns the blocks of states that stay on the device."""
+        trace = self._footprints.update_trace(piece, self._schedule, update)
+        blocks = {0: gradient}
+        (segment,) = (segment for segment in trace.segments if segment.phase == "optimizer")
+        for event in segment.events:
+            if event >= 0:
+                blocks[event] = self._malloc(trace.blocks[event].size_bytes)
+            else:
+                self._allocator.free(blocks.pop(-1 - event))
+        return list(blocks.values())
 
     def _malloc(self, size_bytes: int) -> int:
         block = self._next

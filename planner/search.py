@@ -80,7 +80,7 @@ def _relaxations(planner: Planner, chosen: Evaluation) -> Iterator[tuple[Trainin
         most = _with_chunks(planner, schedule, max(schedule.num_chunks, 64))
     if lean != training:
         yield lean, most, f"full activation checkpointing, fused loss and {most.num_chunks} chunks"
-    if training.micro_batch_size > 1:
+    if training.micro_batch_size > 1 and not training.update_in_backward:
         steps = training.gradient_accumulation_steps * training.micro_batch_size
         single = lean.model_copy(update={"micro_batch_size": 1, "gradient_accumulation_steps": steps})
         yield single, most, f"micro-batches of 1, {steps} accumulated, and {most.num_chunks} chunks"

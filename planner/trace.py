@@ -118,7 +118,8 @@ class ModelTracer:
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 mode.ignore(tensor)
             expansion = self._expansion(mode) if expands else None
-            active = stack.enter_context(Activation(self.stream, chunk, expansion))
+            on_gradient = _release if training.update_in_backward else None
+            active = stack.enter_context(Activation(self.stream, chunk, expansion, on_gradient))
             if training.gradient_accumulation_steps > 1:
                 # Later micro-batches find the gradients of the first one: they decide the peak.
                 for piece in active:
@@ -193,6 +194,11 @@ class ModelTracer:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _release(ordinal: int, piece: ActiveSlice) -> None:
+    """Where the slice would be updated in backward: its gradient goes, and the planner puts the update there."""
+    piece.release_gradient()
 
 
 @contextmanager

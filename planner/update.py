@@ -51,7 +51,8 @@ def trace_update(
         master=schedule.master,
     )
     optimizer = ChunkOptimizer(config, Lane(ahead=0 if device_kind == "cpu" else 1))
-    states = optimizer.chunks[0] = ChunkStates(num_updates=1)
+    states = optimizer.chunks[0] = ChunkStates()
+    optimizer.begin(Visit(0, 0, 0, is_first=comes, is_last=leaves), 1e-3)
     _fill(states, StateLayout.of(training, schedule), numel, num_columns, on_device=not comes)
     mode = MemoryTrace(device_kind)
     for tensor in (
@@ -69,7 +70,7 @@ def trace_update(
         mode.enter_segment("clip", EMBED)
         clip_([piece], 1.0)
         mode.enter_segment("optimizer", EMBED)
-        optimizer.update_slice(0, piece, Visit(1, 0, 0, is_first=comes, is_last=leaves), 1e-3)
+        optimizer.update_slice(0, piece)
         mode.enter_segment("end", EMBED)
     categories = {0: _GRADIENTS} | dict.fromkeys(states.device.blocks, _STATES)
     found = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))

@@ -34,7 +34,12 @@ def plan(
     state_dtype: Annotated[str | None, typer.Option(help="How states are stored: fp32, bf16 or int8.")] = None,
     master: Annotated[str | None, typer.Option(help="Master of bf16 weights: none, residual or fp32.")] = None,
     expansion: Annotated[str | None, typer.Option(help="Of what lies above the chunk: none or factored.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, lion, sgd, adagrad or rmsprop.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw8bit, adafactor, lion, sgd, adagrad, rmsprop.")
+    ] = None,
+    update_in_backward: Annotated[
+        bool, typer.Option("--update-in-backward", help="Update each slice in backward; no clipping.")
+    ] = False,
     checkpointing: Annotated[str | None, typer.Option(help="Activation checkpointing: full or none.")] = None,
     loss: Annotated[str | None, typer.Option(help="fused or standard.")] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
@@ -71,7 +76,8 @@ def plan(
         "model": model_reference(model),
         "gpu": device_reference(gpu),
         "memory_limit_bytes": None if memory_limit is None else parse_bytes("memory_limit_bytes", memory_limit),
-        "training": _given(training),
+        "training": _given(training)
+        | ({"update_in_backward": True, "max_grad_norm": None} if update_in_backward else {}),
     }
     show(parse(PlanRequest, request), plot, as_json=as_json)
 

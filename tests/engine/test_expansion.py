@@ -100,13 +100,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(resumed).items())
 
 
-@pytest.mark.parametrize(
-    ("training", "word"),
-    [
-        ({"gradient_accumulation_steps": 2, "schedule": {"expansion": "factored"}}, "gradient_accumulation_steps"),
-        ({"schedule": {"expansion": "factored", "master": "residual"}}, "residual"),
-    ],
-)
-def test_what_expansion_cannot_be_combined_with_is_refused(training, word):
-    with pytest.raises(InputError, match=word):
-        parse(TrainingSpec, training)
+def test_accumulated_gradients_are_of_the_same_weights_and_only_the_last_one_expands():
+    def micro_batches():
+        return [tiny_batch(seed=seed) for seed in range(3)]
+
+    found = []
+    for expansion in ("none", "factored"):
+        model = tiny_model("llama")
+        before = weights(model)
+        with ChunkFT(model, 4, 1e-3, order="ascending", expansion=expansion) as tuner:
+            for seed, batch in enumerate(micro_batches(), start=1):
+                assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+                tuner.backward(batch, 60.0, is_last=seed == 3)
+            found.append([piece.tensor.grad.clone() for piece in tuner.active])
+            inside = {piece.name for piece in tuner.active}
+        moved = {name for name, tensor in weights(model).items() if not torch.equal(before[name], tensor)}
+        assert moved == (set(before) - inside if expansion == "factored" else set())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_micro_batch_after_the_last_one_is_refused():
+    with ChunkFT(tiny_model("llama"), 4, 1e-3, order="ascending", expansion="factored") as tuner:
+        tuner.backward(tiny_batch())
+        with pytest.raises(InputError, match="is_last=False"):
+            tuner.backward(tiny_batch())
+        tuner.step()
+        tuner.backward(tiny_batch())
+
+
+def test_residual_masters_are_refused():
+    with pytest.raises(InputError, match="residual"):
+        parse(TrainingSpec, {"schedule": {"expansion": "factored", "master": "residual"}})
