@@ -90,10 +90,15 @@ def _alias(value: Any) -> Any:
     return _SliceOfDense.apply(rows.leaf, rows.weight, rows.start, rows.stop)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_kind(device: torch.device) -> str:
+    """The device type whose autocast decides; tensors without storage follow the CPU's."""
+    return "cpu" if device.type == "meta" else device.type
+
+
+def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the data type that autocast gives to matrix products, or unchanged outside autocast."""
-    kind = next(t for t in tensors if t is not None).device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    kind = autocast_kind(next(t for t in tensors if t is not None).device)
+    if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
@@ -172,7 +177,7 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None
     if not isinstance(weight, CutParameter) or isinstance(x, CutParameter):
         return None
     rows = weight.rows
-    x, dense, bias = _autocast(x, rows.weight, bias)  # type: ignore[assignment]
+    x, dense, bias = autocast_operands(x, rows.weight, bias)
     return _SlicedLinear.apply(x, rows.leaf, dense, bias, rows.start, rows.stop)
 
 
@@ -185,7 +190,7 @@ def _addmm(
     if not is_conv1d or beta != 1 or alpha != 1 or out is not None or bias.dim() != 1:
         return None
     rows = weight.rows
-    x, dense, bias = _autocast(x, rows.weight, bias)
+    x, dense, bias = autocast_operands(x, rows.weight, bias)
     return _SlicedAddmm.apply(x, rows.leaf, dense, bias, rows.start, rows.stop)
 
 

@@ -138,19 +138,20 @@ def base_license(folder: Path) -> str:
 @contextmanager
 def _exportable(model: PreTrainedModel) -> Iterator[None]:
     """For as long as the model is written: a cache for generation, which training turned off, and valid settings."""
-    use_cache, generation = model.config.use_cache, model.generation_config
+    use_cache, generation = model.config.use_cache, getattr(model, "generation_config", None)
     model.config.use_cache = True
-    model.generation_config = _valid(generation)
+    if generation is not None:  # masked models generate nothing
+        model.generation_config = _valid(generation)
     try:
         yield
     finally:
-        model.config.use_cache, model.generation_config = use_cache, generation
+        model.config.use_cache = use_cache
+        if generation is not None:
+            model.generation_config = generation
 
 
-def _valid(config: GenerationConfig | None) -> GenerationConfig | None:
+def _valid(config: GenerationConfig) -> GenerationConfig:
     """Many published models set a temperature without sampling: read leniently, but refused when written."""
-    if config is None:
-        return None
     sampling = copy.deepcopy(config)
     sampling.do_sample = True
     for candidate in (config, sampling):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from engine.cut import CutParameter
+from engine.cut import CutParameter, autocast_operands
 
 IGNORE_INDEX = -100
 _BLOCK_BYTES = 16 * 2**20
@@ -82,10 +82,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_target, needs_bias = ctx.needs_input_grad[:3]
         start, stop = rows
         num_tokens, width = hidden.shape
+        result_dtypes, bias_dtype = (hidden.dtype, weight.dtype), None if bias is None else bias.dtype
+        hidden, weight, bias = autocast_operands(hidden, weight, bias)
         block = block_tokens(weight.shape[0])
         losses = hidden.new_zeros((), dtype=torch.float32)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_target = weight.new_empty((stop - start, width)) if needs_target else None
+        d_hidden = torch.empty_like(hidden, dtype=result_dtypes[0]) if needs_hidden else None
+        d_target = weight.new_empty((stop - start, width), dtype=result_dtypes[1]) if needs_target else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         log_norms = hidden.new_empty(num_tokens, dtype=torch.float32) if needs_target else None
         for i in range(0, num_tokens, block):
@@ -102,13 +104,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             if d_hidden is not None:
-                torch.mm(d_logits.to(weight.dtype), weight, out=d_hidden[part])
+                _mm_into(d_hidden[part], d_logits.to(weight.dtype), weight)
             del logits, d_logits, tanh
         if d_target is not None and log_norms is not None:
             _weight_gradient(d_target, hidden, weight, bias, labels, log_norms, denominator, rows, transform)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(d_hidden, d_target, d_bias)
-            ctx.bias_dtype = None if bias is None else bias.dtype
+            ctx.bias_dtype = bias_dtype
             ctx.target_shape = None if target is None else target.shape
         return losses
 
@@ -132,6 +134,14 @@ def _logits(
     """fp32 logits [tokens, rows of weight] of one block, transformed, and what the transform's gradient needs."""
     logits = nn.functional.linear(hidden, weight, bias).float()
     return logits, transform.apply_(logits)
+
+
+def _mm_into(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """The matrix product, converted when autocast computes it in another type than the result's."""
+    if result.dtype == left.dtype:
+        torch.mm(left, right, out=result)
+    else:
+        result.copy_(torch.mm(left, right))
 
 
 def _softmax_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +188,7 @@ def _weight_gradient(
         logits, tanh = _logits(hidden, weight[first:last], bias_rows, transform)
         logits.sub_(log_norms.unsqueeze(1)).exp_()
         d_logits = transform.backward_(_softmax_gradient_(logits, labels, first, denominator), tanh)
-        torch.mm(d_logits.to(weight.dtype).t(), hidden, out=d_target[first - start : last - start])
+        _mm_into(d_target[first - start : last - start], d_logits.to(weight.dtype).t(), hidden)
         del logits, d_logits, tanh
 
 

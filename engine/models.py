@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.errors import InputError
 from engine.spec import Precision
+from engine.tasks import task_of_config
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
 
+def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
+    """The lists of repeated blocks, in the order of the model: one for most, an encoder's and a decoder's for some.
+
+    A block is a module with parts, and a matrix in one of them; lists inside a block are its own business.
+    """
+    found: list[list[nn.Module]] = []
+    inner: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inner:
+            inner.update(module.modules())
+            if len(module) and all(_is_block(item) for item in module):
+                found.append(list(module))
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(p.dim() > 1 for p in module.parameters())
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of the network: the module list with the most parameters; empty when there is none."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    largest = max(lists, key=lambda item: sum(p.numel() for p in item.parameters()), default=None)
-    return list(largest) if largest is not None else []
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    """The network below the head, whose output has ``last_hidden_state``."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    if base is None:
-        raise InputError(
-            "training.loss",
-            f"'fused' needs a model with a base network, {type(model).__name__} has none; use 'standard'",
-        )
-    return base
+    """All repeated blocks of the network; indices of layers count these, an encoder's before a decoder's."""
+    return [layer for layers in layer_lists(model) for layer in layers]
 
 
 def head(model: nn.Module) -> nn.Linear:
@@ -58,7 +65,9 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
         parsed = AutoConfig.for_model(**values)
         parsed.use_cache = False
         with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(parsed, dtype=DTYPES[precision], attn_implementation=attention)
+            model: PreTrainedModel = task_of_config(parsed).auto_class.from_config(
+                parsed, dtype=DTYPES[precision], attn_implementation=_attention(parsed, attention)
+            )
     except ValueError as error:
         if "attention implementation" in str(error):
             raise InputError(
@@ -69,6 +78,11 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
         raise InputError("model.config", f"transformers cannot build it: {str(error).splitlines()[0]}") from error
     model.train()
     return model
+
+
+def _attention(config: Any, asked: str) -> str:
+    """The implementation to ask for: a model without attention has only the plain one."""
+    return asked if hasattr(config, "num_attention_heads") else "eager"
 
 
 def check_model_folder(folder: str | Path) -> None:
@@ -86,15 +100,24 @@ def load_model(folder: str | Path, precision: Precision, attention: str, device:
     """A local Hugging Face folder as a model in training mode, its weights in the device's own allocator.
 
     :func:`check_model_folder` says which folders can be loaded.
+
+    Raises:
+        InputError: the weights lack a part of the model, which would start at random.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model: PreTrainedModel
+    model, loading = task_of_config(config).auto_class.from_pretrained(
         folder,
         dtype=DTYPES[precision],
-        attn_implementation=attention,
+        attn_implementation=_attention(config, attention),
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise InputError("model", f"its weights lack {missing[0]} ({len(missing)} missing) of {type(model).__name__}")
     _own_storage(model, torch.device(device))
     model.config.use_cache = False
     model.train()
@@ -118,8 +141,34 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
-def last_hidden_state(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Output of the backbone, [batch, sequence, hidden size]."""
-    output = backbone(model)(input_ids=input_ids, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+class _HeadReached(Exception):
+    """Ends a forward pass at the output projection."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def head_input(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """What the model's forward gives to its output projection, [batch, sequence, hidden size]; logits are never built.
+
+    Raises:
+        InputError: the model has no linear head, or does not call it.
+    """
+    projection = head(model)
+    replaced = vars(projection).get("forward")
+
+    def stop(hidden: Tensor) -> Tensor:
+        raise _HeadReached(hidden)
+
+    projection.forward = stop  # type: ignore[method-assign, assignment]
+    try:
+        model(**inputs)
+    except _HeadReached as reached:
+        return reached.hidden
+    finally:
+        if replaced is None:
+            del projection.forward
+        else:
+            projection.forward = replaced  # type: ignore[method-assign]
+    raise InputError("training.loss", f"'fused' needs a head that {type(model).__name__} calls; use 'standard'")

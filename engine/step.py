@@ -5,19 +5,26 @@ One definition, so that prediction and reality cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine.checkpointing import checkpointed
+from engine.cut import autocast_kind
 from engine.errors import InputError
 from engine.loss import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy
-from engine.models import decoder_layers, head, last_hidden_state
-from engine.spec import CheckpointedLayers
+from engine.models import DTYPES, decoder_layers, head, head_input
+from engine.spec import CheckpointedLayers, Precision
+from engine.tasks import model_inputs, num_counted_tokens, task_of
+
+__all__ = [
+    "Observer", "StepOptions", "Unobserved", "check_fused_loss", "compute_loss", "evaluate", "forward_backward",
+    "num_counted_tokens", "prepared",
+]  # fmt: skip
 
 
 class Observer(Protocol):
@@ -41,6 +48,14 @@ class StepOptions:
 
     loss: Literal["fused", "standard"] = "fused"
     activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none"
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Data type of matrix products and the like, for fp32 weights."""
+
+    def autocasting(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Context of a forward pass on the device."""
+        if self.autocast == "none":
+            return nullcontext()
+        return torch.autocast(autocast_kind(device), DTYPES[Precision(self.autocast)])
 
 
 @contextmanager
@@ -64,40 +79,38 @@ def prepared(model: nn.Module, options: StepOptions) -> Iterator[None]:
         yield
 
 
-def num_counted_tokens(labels: Tensor) -> int:
-    """Tokens that enter the loss of a causal model: labels after the first position that are not ignored."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+def compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepOptions) -> Tensor:
+    """The task's loss of a batch (see :mod:`engine.tasks`): sum over counted tokens / ``denominator``, a scalar."""
+    with options.autocasting(batch["labels"].device):
+        return _compute_loss(model, batch, denominator, options)
 
 
-def compute_loss(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, denominator: float, options: StepOptions
-) -> Tensor:
-    """Causal language-model loss: sum over counted tokens / ``denominator``. Both inputs [batch, sequence], int64."""
+def _compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepOptions) -> Tensor:
+    task, labels = task_of(model), batch["labels"]
+    inputs = model_inputs(model, batch, task)
+    # A causal model's last position predicts nothing. Labels move instead of the states, which need no copy then.
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if task.shifts_labels else labels
     if options.loss == "standard":
-        output = model(input_ids=input_ids, labels=labels, num_items_in_batch=denominator, use_cache=False)
-        standard: Tensor = output.loss
-        return standard
-    hidden = last_hidden_state(model, input_ids)
-    projection = head(model)
-    # Positions shift by one: the last one predicts nothing. Labels move instead of the states, which need no copy then.
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+        # Own losses are means over the batch's counted tokens, whatever arguments a family knows.
+        own: Tensor = model(**inputs, labels=labels).loss
+        return own.float() * ((shifted != IGNORE_INDEX).sum() / denominator)
+    hidden, projection = head_input(model, inputs), head(model)
     transform = LogitTransform.of(getattr(model, "config", None))
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    del hidden
-    return fused_linear_cross_entropy(flat, projection.weight, shifted, denominator, projection.bias, transform)
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), shifted.reshape(-1)
+    del hidden, inputs
+    return fused_linear_cross_entropy(flat, projection.weight, targets, denominator, projection.bias, transform)
 
 
 def forward_backward(
     model: nn.Module,
-    input_ids: Tensor,
-    labels: Tensor,
+    batch: Mapping[str, Tensor],
     denominator: float,
     options: StepOptions,
     observer: Observer,
 ) -> Tensor:
     """One micro-batch: forward, then backward into the active chunk's leaves. Returns the detached loss, a scalar."""
     with observer.phase("forward"):
-        loss = compute_loss(model, input_ids, labels, denominator, options)
+        loss = compute_loss(model, batch, denominator, options)
     with observer.phase("backward"):
         if loss.requires_grad:  # not when nothing of the chunk takes part in this batch (unrouted experts)
             loss.backward()
@@ -105,14 +118,14 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions) -> tuple[float, int]:
+def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options: StepOptions) -> tuple[float, int]:
     """Mean loss per counted token over the batches, and the number of those tokens."""
-    was_training = model.training
+    was_training, task = model.training, task_of(model)
     model.eval()
     total, num_tokens = 0.0, 0
-    for input_ids, labels in batches:
-        total += float(compute_loss(model, input_ids, labels, 1.0, options))
-        num_tokens += num_counted_tokens(labels)
+    for batch in batches:
+        total += float(compute_loss(model, batch, 1.0, options))
+        num_tokens += num_counted_tokens(batch["labels"], task)
     model.train(was_training)
     return total / max(num_tokens, 1), num_tokens
 
@@ -126,11 +139,13 @@ def check_fused_loss(model: nn.Module) -> None:
     device = next(model.parameters()).device
     vocab = head(model).weight.shape[0]
     ids = torch.arange(8, device=device).remainder_(vocab).unsqueeze(0)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    counted = float(max(num_counted_tokens(ids, task_of(model)), 1))
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        fused = compute_loss(model, ids, ids, 7.0, StepOptions("fused"))
-        own = compute_loss(model, ids, ids, 7.0, StepOptions("standard"))
+        fused = compute_loss(model, batch, counted, StepOptions("fused"))
+        own = compute_loss(model, batch, counted, StepOptions("standard"))
     model.train(was_training)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not torch.isclose(fused, own.to(fused.dtype), rtol=tolerance, atol=tolerance, equal_nan=True):

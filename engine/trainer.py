@@ -27,6 +27,7 @@ from engine.schedule import rate_factor
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
 from engine.store import remove_store
+from engine.tasks import BatchPreparation
 from engine.tuner import ChunkFT
 
 Report = Callable[..., None]
@@ -122,6 +123,7 @@ class Trainer:
         with self.profiler.step(), self.profiler.phase("load"):
             self.model = load_model(run.model_path, training.precision, training.attention, run.device)
         self.load_samples = self.profiler.samples
+        self.prepare_batch = BatchPreparation(self.model, self.tokenizer, training.seq_len, training.seed)
         trim_host_memory()
         self.base_digests = parameter_digests(self.model)
         with self.profiler.step():  # what the tuner keeps on the device belongs to the record
@@ -171,7 +173,7 @@ class Trainer:
         with self.profiler.step():
             with self.profiler.phase("load"):
                 micro_batches = self._micro_batches(tuner.num_updates)
-                denominator = max(sum(num_counted_tokens(batch["labels"]) for batch in micro_batches), 1)
+                denominator = max(sum(num_counted_tokens(batch["labels"], tuner.task) for batch in micro_batches), 1)
             loss = 0.0
             for i, batch in enumerate(micro_batches, start=1):
                 loss += float(tuner.backward(batch, denominator, is_last=i == len(micro_batches)))
@@ -190,10 +192,12 @@ class Trainer:
 
     def _micro_batches(self, update: int) -> list[dict[str, Tensor]]:
         count = self.training.gradient_accumulation_steps
-        return [self._tensors(self.batches.batch(update * count + i)) for i in range(count)]
+        indices = range(update * count, (update + 1) * count)
+        return [self._tensors(self.batches.batch(index), index) for index in indices]
 
-    def _tensors(self, examples: list[Example]) -> dict[str, Tensor]:
-        batch = collate(examples, pad_token_id(self.tokenizer), self.training.seq_len)
+    def _tensors(self, examples: list[Example], index: int) -> dict[str, Tensor]:
+        collated = collate(examples, pad_token_id(self.tokenizer), self.training.seq_len)
+        batch = self.prepare_batch(collated, [len(example.input_ids) for example in examples], index)
         return {name: tensor.to(self.run.device) for name, tensor in batch.items()}
 
     def _evaluate(self, step: int) -> None:
@@ -201,8 +205,8 @@ class Trainer:
         if not held_out:
             return
         size = self.training.micro_batch_size
-        batches = (self._tensors(held_out[i : i + size]) for i in range(0, len(held_out), size))
-        loss, num_tokens = evaluate(self.model, ((b["input_ids"], b["labels"]) for b in batches), self.tuner.options)
+        batches = (self._tensors(held_out[i : i + size], -1 - i) for i in range(0, len(held_out), size))
+        loss, num_tokens = evaluate(self.model, batches, self.tuner.options)
         if not math.isfinite(loss):
             raise Diverged(f"held-out loss is {loss} after update {step}")
         self.evaluations.append(Evaluation(step, loss))

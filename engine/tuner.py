@@ -32,13 +32,14 @@ from engine.step import (
     prepared,
 )
 from engine.stream import ParameterStream
+from engine.tasks import Task, task_of
 
 
 class ChunkFT:
     """Full fine-tuning, one chunk of the parameter stream at a time (arXiv 2605.21177).
 
     Args:
-        model: a causal language model of transformers, unmodified.
+        model: a language model of transformers, unmodified: causal, masked or encoder-decoder.
         num_chunks: 1 is dense full fine-tuning.
         lr: learning rate, or a function of the number of the update (from 0).
         order: in which order a cycle visits the chunks.
@@ -91,6 +92,7 @@ class ChunkFT:
         if loss == "fused":
             check_fused_loss(model)
         self.model = model
+        self.task = task_of(model)
         self.stream = ParameterStream(model)
         self.chunks = self.stream.partition(num_chunks)
         self.schedule = Schedule(num_chunks, Order(order), switch_every, seed)
@@ -181,8 +183,10 @@ class ChunkFT:
         """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
 
         Args:
-            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. An ``attention_mask`` that
-                pads on the right may come along: causal attention never looks there.
+            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. For causal models, an
+                ``attention_mask`` that pads on the right may come along: causal attention never looks there. Masked
+                models take any ``attention_mask`` and ``token_type_ids``, encoder-decoder models an encoder's
+                ``attention_mask``, ``decoder_input_ids`` and ``decoder_attention_mask``.
             denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
                 Default: of this one.
             is_last: no micro-batch of this update follows. Matters with expansion only, whose steps happen in backward:
@@ -195,13 +199,12 @@ class ChunkFT:
             InputError: the batch holds something else that would change the result, or it comes after weights were
                 already updated in the backward pass of a batch before it.
         """
-        _check_batch(batch)
-        labels = batch["labels"]
+        _check_batch(batch, self.task)
         if denominator is None:
-            denominator = max(num_counted_tokens(labels), 1)
+            denominator = max(num_counted_tokens(batch["labels"], self.task), 1)
         assert self.active
         self._prepare_updates(is_last)
-        return forward_backward(self.model, batch["input_ids"], labels, denominator, self.options, self._observer)
+        return forward_backward(self.model, batch, denominator, self.options, self._observer)
 
     def _prepare_updates(self, is_last: bool) -> None:
         """Updates that will happen within the backward pass that comes now."""
@@ -253,10 +256,10 @@ def _rate(given: float | Callable[[int], float]) -> Callable[[int], float]:
     return given if callable(given) else lambda _: given
 
 
-def _check_batch(batch: Mapping[str, Tensor]) -> None:
-    unknown = sorted(set(batch) - {"input_ids", "labels", "attention_mask"})
+def _check_batch(batch: Mapping[str, Tensor], task: Task) -> None:
+    unknown = sorted(set(batch) - task.batch_keys)
     if unknown:
-        raise InputError(f"batch.{unknown[0]}", "is not used in training; give input_ids and labels")
-    mask = batch.get("attention_mask")
+        raise InputError(f"batch.{unknown[0]}", f"is not used in training; give {', '.join(sorted(task.batch_keys))}")
+    mask = batch.get("attention_mask") if task is Task.CAUSAL else None
     if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise InputError("batch.attention_mask", "must pad on the right; set the tokenizer's padding_side to 'right'")

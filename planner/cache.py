@@ -39,6 +39,7 @@ _TRACED_CODE = {
         "states",
         "step",
         "stream",
+        "tasks",
         "transfer",
     ),
     "planner": ("kernels", "memory", "overheads", "segments", "structure", "trace", "update"),

@@ -132,9 +132,10 @@ class ModelTracer:
                 shape = (training.micro_batch_size, training.seq_len)
                 input_ids = torch.empty(shape, dtype=torch.int64, device="meta")
                 labels = torch.empty(shape, dtype=torch.int64, device="meta")
+                batch = {"input_ids": input_ids, "labels": labels}
                 mode.category = _ACTIVATIONS
                 with _refusals(f"a training step of {type(self.model).__name__}"):
-                    forward_backward(self.model, input_ids, labels, 1.0, self._options(kept), _Phases(mode))
+                    forward_backward(self.model, batch, 1.0, self._options(kept), _Phases(mode))
                 mode.enter_segment("end", EMBED)
             trace = self._finish(mode, gradients, active)
             for piece in active:

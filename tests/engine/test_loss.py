@@ -22,7 +22,7 @@ from tests.engine.families import (
 def fused_loss(model, batch=None, denominator=None):
     batch = batch or tiny_batch()
     denominator = denominator or float(num_counted_tokens(batch["labels"]))
-    return compute_loss(model, batch["input_ids"], batch["labels"], denominator, StepOptions("fused"))
+    return compute_loss(model, batch, denominator, StepOptions("fused"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

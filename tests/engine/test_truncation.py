@@ -51,7 +51,7 @@ def counted_calls(model, part):
 def run(model, chunk, checkpointing, loss="fused"):
     batch, options = tiny_batch(), StepOptions(loss, checkpointing)
     with prepared(model, options), activate(model, chunk) as active:
-        forward_backward(model, batch["input_ids"], batch["labels"], 17.0, options, Unobserved())
+        forward_backward(model, batch, 17.0, options, Unobserved())
         return [s.name for s in active]
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_kept_below_the_active_chunk(family, checkpointing):
         with prepared(model, options), activate(model, chunk) as active:
             lowest = lowest_layer(model, [s.name for s in active])
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item.tensor):
-                loss = compute_loss(model, batch["input_ids"], batch["labels"], 17.0, options)
+                loss = compute_loss(model, batch, 17.0, options)
                 # The last layer's place includes what follows it.
                 places = {item.place for item in kept}
                 loss.backward()
