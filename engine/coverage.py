@@ -6,20 +6,32 @@ import torch
 from torch import Tensor, nn
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK_NUMEL = 2**20
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+"""Multiples of 2**64 / golden ratio: products with it differ in all bits; sums wrap around."""
 
 
-def _digest(parameter: Tensor) -> tuple[int, int]:
-    """Two sums over the bit patterns: equal weights give equal sums, and an update all but surely changes them."""
+def _digest(parameter: Tensor) -> int:
+    """A sum over the bit patterns, each weighted by its place.
+
+    Equal weights give equal sums. Steps of one size up and down, such as Adam's first, cancel in a plain sum.
+    """
     bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).view(-1)
-    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+    places = torch.arange(1, min(_BLOCK_NUMEL, bits.numel()) + 1, device=bits.device).mul_(_ODD)
+    places ^= places >> 29  # an arithmetic progression would let + - - + cancel
+    digest = 0
+    for begin in range(0, bits.numel(), _BLOCK_NUMEL):
+        block = bits[begin : begin + _BLOCK_NUMEL]
+        digest = hash((digest, int((block * places[: block.numel()]).sum())))
+    return digest
 
 
-def parameter_digests(model: nn.Module) -> dict[str, tuple[int, int]]:
+def parameter_digests(model: nn.Module) -> dict[str, int]:
     """Digest of every unique parameter by name."""
     return {name: _digest(parameter) for name, parameter in model.named_parameters()}
 
 
-def updated_share(model: nn.Module, before: dict[str, tuple[int, int]]) -> tuple[int, list[str]]:
+def updated_share(model: nn.Module, before: dict[str, int]) -> tuple[int, list[str]]:
     """Number of tensors that differ from ``before``, and the names of those that do not."""
     after = parameter_digests(model)
     unchanged = [name for name, digest in before.items() if after[name] == digest]

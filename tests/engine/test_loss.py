@@ -9,8 +9,11 @@ from engine import ChunkFT, InputError, ParameterStream, activate
 from engine.loss import IGNORE_INDEX, LogitTransform, block_tokens, fused_linear_cross_entropy
 from engine.profiler import CpuProfiler
 from engine.step import StepOptions, compute_loss, num_counted_tokens
+from engine.tasks import task_of
 from tests.engine.families import (
     FAMILIES,
+    UNLISTED,
+    batch_for,
     dense_gradients,
     own_loss,
     relative_error,
@@ -20,18 +23,19 @@ from tests.engine.families import (
 
 
 def fused_loss(model, batch=None, denominator=None):
-    batch = batch or tiny_batch()
-    denominator = denominator or float(num_counted_tokens(batch["labels"]))
+    batch = batch or batch_for(model)
+    denominator = denominator or float(num_counted_tokens(batch["labels"], task_of(model)))
     return compute_loss(model, batch, denominator, StepOptions("fused"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 def test_value_and_gradients_are_the_models_own(family):
     model = tiny_model(family)
     own, fused = dense_gradients(model, own_loss), dense_gradients(model, fused_loss)
     assert float(fused_loss(model).detach()) == pytest.approx(float(own_loss(model).detach()), rel=1e-6)
+    largest = max(float(gradient.norm()) for gradient in own.values())
     for name, expected in own.items():
-        if family == "opt" and name.endswith("k_proj.bias"):
+        if name.endswith(("k_proj.bias", "key.bias")) and float(expected.norm()) < 1e-8 * largest:
             continue  # zero but for rounding: the softmax does not see a constant added to all keys
         assert relative_error(fused[name], expected) <= 1e-6, name
 
