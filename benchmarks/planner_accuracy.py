@@ -121,6 +121,11 @@ def grid() -> Iterator[Case]:
         yield case("llama", precision=precision, attention="eager")
         yield case("llama", precision=precision, activation_checkpointing={"layers": [0, 3]})
         yield case("llama", precision=precision, max_grad_norm=None)
+        for model in ("llama", "mistral", "gemma2", "gpt2", "gpt_neox"):
+            for checkpointing in ("full", "none"):
+                yield case(model, precision=precision, packing=True, activation_checkpointing=checkpointing)
+        yield case("llama", precision=precision, packing=True, attention="eager", loss="standard")
+        yield case("llama-tied", precision=precision, packing=True, gradient_accumulation_steps=2, seq_len=512)
     for states in ("keep", "reset"):
         for switch_every in (2, 3):
             yield case("llama", switch_every=switch_every, states=states)
@@ -165,6 +170,8 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
                 for _ in range(training.gradient_accumulation_steps):
                     ids = torch.randint(0, config["vocab_size"], shape, generator=generator)
                     batches.append({"input_ids": ids, "labels": ids.clone()})
+                    if training.packing:
+                        batches[-1]["position_ids"] = _positions(shape, generator)
                 del ids
             for i, batch in enumerate(batches, start=1):
                 tuner.backward(batch, 1.0, is_last=i == len(batches))
@@ -173,6 +180,15 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
         samples += [Measured(chunk_index, s.phase, s.allocated_bytes) for s in profiler.samples]
     tuner.close()
     return samples
+
+
+def _positions(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Positions of two rows in each sequence, cut at random."""
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    for sequence in positions:
+        cut = int(torch.randint(1, shape[1], (), generator=generator))
+        sequence[cut:] -= cut
+    return positions
 
 
 def compare(item: Case) -> list[Residual]:

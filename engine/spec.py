@@ -101,6 +101,8 @@ class TrainingSpec(SpecModel):
     seq_len: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    packing: bool = False
+    """Short rows share a sequence of ``seq_len`` tokens without seeing each other."""
     precision: Literal[Precision.BF16, Precision.FP32] = Precision.BF16
     optimizer: Optimizer = Optimizer.ADAMW
     activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "full"

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from engine.checkpointing import checkpointed
 from engine.cut import autocast_kind
 from engine.errors import InputError
+from engine.isolation import check_isolation
 from engine.loss import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy
 from engine.models import DTYPES, decoder_layers, head, head_input
 from engine.spec import CheckpointedLayers, Precision
 from engine.tasks import model_inputs, num_counted_tokens, task_of
 
 __all__ = [
-    "Observer", "StepOptions", "Unobserved", "check_fused_loss", "compute_loss", "evaluate", "forward_backward",
-    "num_counted_tokens", "prepared",
+    "Observer", "StepOptions", "Unobserved", "check_fused_loss", "check_packing", "compute_loss", "evaluate",
+    "forward_backward", "num_counted_tokens", "prepared",
 ]  # fmt: skip
 
 
@@ -153,3 +154,12 @@ def check_fused_loss(model: nn.Module) -> None:
             "training.loss",
             f"'fused' gives {float(fused):.5f} where {type(model).__name__} gives {float(own):.5f}; use 'standard'",
         )
+
+
+def check_packing(model: nn.Module, options: StepOptions) -> None:
+    """Make sure that rows which share a sequence do not see each other.
+
+    Raises:
+        InputError: they do, or nobody can tell.
+    """
+    check_isolation(model, lambda batch: compute_loss(model, batch, 1.0, options))

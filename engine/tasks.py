@@ -59,7 +59,7 @@ _AUTO_CLASSES = {
     Task.SEQ2SEQ: AutoModelForSeq2SeqLM,
 }
 _BATCH_KEYS = {
-    Task.CAUSAL: frozenset({"input_ids", "labels", "attention_mask"}),
+    Task.CAUSAL: frozenset({"input_ids", "labels", "attention_mask", "position_ids"}),
     Task.MASKED: frozenset({"input_ids", "labels", "attention_mask", "token_type_ids"}),
     Task.SEQ2SEQ: frozenset({"input_ids", "labels", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}),
 }

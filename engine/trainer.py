@@ -116,6 +116,7 @@ class Trainer:
             training.seq_len,
             run.eval_fraction,
             training.seed,
+            packing=training.packing,
             folder=self._tokens_dir,
         )
         self.batches = Batches(self.splits.train, training.micro_batch_size, training.seed)
@@ -196,7 +197,8 @@ class Trainer:
         return [self._tensors(self.batches.batch(index), index) for index in indices]
 
     def _tensors(self, examples: list[Example], index: int) -> dict[str, Tensor]:
-        collated = collate(examples, pad_token_id(self.tokenizer), self.training.seq_len)
+        training = self.training
+        collated = collate(examples, pad_token_id(self.tokenizer), training.seq_len, packing=training.packing)
         batch = self.prepare_batch(collated, [len(example.input_ids) for example in examples], index)
         return {name: tensor.to(self.run.device) for name, tensor in batch.items()}
 

@@ -27,6 +27,7 @@ from engine.step import (
     StepOptions,
     Unobserved,
     check_fused_loss,
+    check_packing,
     forward_backward,
     num_counted_tokens,
     prepared,
@@ -54,6 +55,7 @@ class ChunkFT:
             None and one backward pass per update.
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
+        packing: rows share sequences, told apart by a batch's ``position_ids``, which start from 0 at every row.
         expansion: ``factored``: parameters above the active chunk take a step too, see :mod:`engine.expansion`.
         expansion_lr: their learning rate, like ``lr``; default a third of it.
         observer: is told the phases of each step.
@@ -82,6 +84,7 @@ class ChunkFT:
         update_in_backward: bool = False,
         loss: Literal["fused", "standard"] = "fused",
         activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none",
+        packing: bool = False,
         expansion: Literal["none", "factored"] = "none",
         expansion_lr: float | Callable[[int], float] | None = None,
         seed: int = 0,
@@ -91,6 +94,10 @@ class ChunkFT:
             raise InputError("max_grad_norm", "must be None: update_in_backward never sees the whole chunk's norm")
         if loss == "fused":
             check_fused_loss(model)
+        self.options = StepOptions(loss, activation_checkpointing)
+        self.packing = packing
+        if packing:
+            check_packing(model, self.options)
         self.model = model
         self.task = task_of(model)
         self.stream = ParameterStream(model)
@@ -119,7 +126,6 @@ class ChunkFT:
         self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: rate(update) / 3
         self._updates_in_backward = update_in_backward
         self._has_expanded = False
-        self.options = StepOptions(loss, activation_checkpointing)
         self._observer = observer or Unobserved()
         self._activation: Activation | None = None
         self._active: list[ActiveSlice] = []
@@ -156,6 +162,7 @@ class ChunkFT:
             update_in_backward=training.update_in_backward,
             loss=training.loss,
             activation_checkpointing=training.activation_checkpointing,
+            packing=training.packing,
             expansion=schedule.expansion,
             expansion_lr=expansion_lr,
             seed=seed,
@@ -184,9 +191,10 @@ class ChunkFT:
 
         Args:
             batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. For causal models, an
-                ``attention_mask`` that pads on the right may come along: causal attention never looks there. Masked
-                models take any ``attention_mask`` and ``token_type_ids``, encoder-decoder models an encoder's
-                ``attention_mask``, ``decoder_input_ids`` and ``decoder_attention_mask``.
+                ``attention_mask`` that pads on the right may come along: causal attention never looks there; with
+                packing, ``position_ids`` instead. Masked models take any ``attention_mask`` and ``token_type_ids``,
+                encoder-decoder models an encoder's ``attention_mask``, ``decoder_input_ids`` and
+                ``decoder_attention_mask``.
             denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
                 Default: of this one.
             is_last: no micro-batch of this update follows. Matters with expansion only, whose steps happen in backward:
@@ -199,7 +207,7 @@ class ChunkFT:
             InputError: the batch holds something else that would change the result, or it comes after weights were
                 already updated in the backward pass of a batch before it.
         """
-        _check_batch(batch, self.task)
+        _check_batch(batch, self.task, packing=self.packing)
         if denominator is None:
             denominator = max(num_counted_tokens(batch["labels"], self.task), 1)
         assert self.active
@@ -256,7 +264,12 @@ def _rate(given: float | Callable[[int], float]) -> Callable[[int], float]:
     return given if callable(given) else lambda _: given
 
 
-def _check_batch(batch: Mapping[str, Tensor], task: Task) -> None:
+def _check_batch(batch: Mapping[str, Tensor], task: Task, *, packing: bool) -> None:
+    if packing and "attention_mask" in batch:
+        raise InputError("batch.attention_mask", "cannot come with packing: position_ids tell the rows apart")
+    if packing != ("position_ids" in batch):
+        problem = "is missing, which packing tells rows apart by" if packing else "needs the option packing"
+        raise InputError("batch.position_ids", problem)
     unknown = sorted(set(batch) - task.batch_keys)
     if unknown:
         raise InputError(f"batch.{unknown[0]}", f"is not used in training; give {', '.join(sorted(task.batch_keys))}")

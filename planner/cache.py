@@ -77,18 +77,17 @@ class TraceStore:
         self._is_changed = False
 
     def _key(self) -> str:
-        training = self._training.model_dump(
-            mode="json",
-            include={
-                "seq_len",
-                "micro_batch_size",
-                "precision",
-                "activation_checkpointing",
-                "loss",
-                "attention",
-                "update_in_backward",
-            },
-        )
+        decisive = {
+            "seq_len",
+            "micro_batch_size",
+            "packing",
+            "precision",
+            "activation_checkpointing",
+            "loss",
+            "attention",
+            "update_in_backward",
+        }
+        training = self._training.model_dump(mode="json", include=decisive)
         accumulates = self._training.gradient_accumulation_steps > 1
         threads = host_threads() if self._device_kind == "cpu" else 0
         asked = json.dumps(

@@ -174,7 +174,8 @@ class Footprints:
         if not update.comes:
             live[_STATES] += sum(self.states_bytes(piece, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1
-        live[_OTHER] += 2 * others * training.micro_batch_size * training.seq_len * _ID_BYTES
+        inputs = 3 if training.packing else 2  # ids, labels, positions
+        live[_OTHER] += inputs * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
             live[_GRADIENTS] += sum(self.rounded(p.numel * training.precision.itemsize) for p in chunk.slices)
         moments, seconds = [], 0.0

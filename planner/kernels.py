@@ -78,11 +78,11 @@ def _rng_state() -> Tensor:
 
 
 @contextmanager
-def traced_kernels(device_kind: str) -> Iterator[None]:
+def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Size]]:
     """Send attention and dropout to the kernels that the device would pick.
 
-    Also answers transformers' question whether position ids describe packed sequences, which reads values, with no:
-    the engine passes none.
+    Also answers transformers' question whether position ids describe packed rows, which reads values: yes, with
+    packing. Yields the shapes of what was asked about: none for a model that never asks.
     """
     kernel = _attention_cpu if device_kind == "cpu" else _attention_cuda
 
@@ -92,16 +92,25 @@ def traced_kernels(device_kind: str) -> Iterator[None]:
     ) -> Tensor:  # fmt: skip
         return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
+    asked: list[torch.Size] = []
+
+    def packed_rows(position_ids: Tensor) -> Tensor | None:
+        if not packing:
+            return None
+        asked.append(position_ids.shape)
+        before = position_ids[:, :1] - 1
+        return (torch.diff(position_ids, prepend=before, dim=-1) != 1).cumsum(-1)
+
     with ExitStack() as stack:
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda *args, **kwargs: None))
+        stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", packed_rows))
         if device_kind == "cpu":
             # Activation checkpointing keeps the generator's state for every layer, in the memory that is planned here.
             stack.enter_context(_replaced(torch, "get_rng_state", _rng_state))
             stack.enter_context(_replaced(torch, "set_rng_state", lambda state: None))
         else:
             stack.enter_context(_replaced(F, "dropout", _dropout_cuda))
-        yield
+        yield asked
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from engine.cut import CutParameter
 from engine.errors import InputError
 from engine.expansion import Expansion
 from engine.gradients import Activation, ActiveSlice
+from engine.isolation import check_packable, would_meet
 from engine.loss import block_rows
 from engine.models import decoder_layers, meta_model
 from engine.spec import CheckpointedLayers, TrainingSpec
@@ -55,6 +56,8 @@ class ModelTracer:
         _check_positions(self.model, training.seq_len)
         with prepared(self.model, StepOptions(training.loss, training.activation_checkpointing)):
             pass  # refuses layers that the model does not have
+        if training.packing:
+            check_packable(self.model)
         self._layer_types = getattr(self.model.config.get_text_config(), "layer_types", None)
 
     def structure(self) -> ModelStructure:
@@ -112,7 +115,7 @@ class ModelTracer:
         mode = MemoryTrace(self.device_kind)
         with ExitStack() as stack:
             stack.enter_context(self._reduced(kept))
-            stack.enter_context(traced_kernels(self.device_kind))
+            asked = stack.enter_context(traced_kernels(self.device_kind, packing=training.packing))
             stack.enter_context(self._segment_hooks(mode, kept))
             stack.enter_context(prepared(self.model, self._options(kept)))
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -133,9 +136,13 @@ class ModelTracer:
                 input_ids = torch.empty(shape, dtype=torch.int64, device="meta")
                 labels = torch.empty(shape, dtype=torch.int64, device="meta")
                 batch = {"input_ids": input_ids, "labels": labels}
+                if training.packing:
+                    batch["position_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
                 mode.category = _ACTIVATIONS
                 with _refusals(f"a training step of {type(self.model).__name__}"):
                     forward_backward(self.model, batch, 1.0, self._options(kept), _Phases(mode))
+                if training.packing and not asked:
+                    raise would_meet(self.model)
                 mode.enter_segment("end", EMBED)
             trace = self._finish(mode, gradients, active)
             for piece in active:

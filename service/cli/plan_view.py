@@ -30,6 +30,7 @@ def describe_training(training: TrainingSpec) -> str:
         training.optimizer,
         f"batch {training.micro_batch_size} × {training.seq_len} tokens",
         f"{training.gradient_accumulation_steps} micro-batches" if training.gradient_accumulation_steps > 1 else "",
+        "packed" if training.packing else "",
         f"checkpointing {recompute}",
         f"{training.loss} loss",
         training.attention,

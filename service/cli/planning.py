@@ -25,6 +25,9 @@ def plan(
     seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Short rows share a sequence, unseen by each other.")
+    ] = False,
     method: Annotated[str | None, typer.Option(help="chunkft or full.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Number of chunks.")] = None,
     order: Annotated[str | None, typer.Option(help="descending, ascending or random.")] = None,
@@ -63,6 +66,7 @@ def plan(
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
+        "packing": packing or None,
         "precision": precision,
         "optimizer": optimizer,
         "activation_checkpointing": checkpointing,

@@ -52,6 +52,18 @@ def test_figures_of_a_plan_agree_with_each_other(gpu, training):
     assert answer.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("gpu", ["cpu", "rtx-4090"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_costs_a_mask(gpu, attention):
+    """One per sequence, [seq_len, seq_len], in the type of the scores; without packing there is none."""
+    options = {"seq_len": 512, "attention": attention, "activation_checkpointing": "none", "num_chunks": 2}
+    plain, packed = (plan(request(gpu, packing=packing, **options)) for packing in (False, True))
+    mask_bytes = 512 * 512 * 2
+    more = packed.peak.breakdown.activations - plain.peak.breakdown.activations
+    assert more >= (mask_bytes if attention == "sdpa" else 0)
+    assert packed.peak.allocated_bytes >= plain.peak.allocated_bytes
+
+
 def test_timeline_peaks_where_the_plan_does():
     asked = request(num_chunks=5)
     answer, course = plan(asked), timeline(asked)

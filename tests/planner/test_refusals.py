@@ -48,6 +48,7 @@ REFUSED = [
     ("training.optimizer", {"optimizer": "nope"}),
     ("training.seq_len", {"model": {"config": GPT2}, "seq_len": 129}),
     ("training.seq_len", {"model": {"config": OPT}, "seq_len": 2048}),
+    ("training.packing", {"model": {"config": OPT}, "packing": True}),
     ("training.seq_len", {"seq_len": 10**7}),
     ("training.micro_batch_size", {"seq_len": 1024, "micro_batch_size": 10**6}),
     ("training.schedule.num_chunks", {"schedule": {"num_chunks": 0}}),

@@ -1,0 +1,180 @@
+"""Rows that share a sequence do not see each other: not in the loss, not in any gradient."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig, MambaConfig
+
+from engine import ChunkFT
+from engine.data import collate, joined
+from engine.errors import InputError
+from engine.isolation import check_isolation
+from engine.step import StepOptions, check_packing, compute_loss, evaluate, num_counted_tokens
+from engine.tokenize import IGNORE_INDEX, Tokens
+from tests.engine.families import FAMILIES, VOCAB_SIZE, relative_error, tiny_model
+
+PACKED = [family for family in FAMILIES if family != "opt"]
+LENGTHS = [(7, 4, 3), (9, 2), (12,)]
+
+
+def rows(lengths, seed=0):
+    """Random rows, the first tokens of which are a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+        found.append(Tokens(ids, [IGNORE_INDEX] * (length // 4) + ids[length // 4 :]))
+    return found
+
+
+def packed_batch():
+    """Three sequences of one to three rows, with padding behind the shorter ones."""
+    sequences = [joined(rows(lengths, seed)) for seed, lengths in enumerate(LENGTHS)]
+    return collate(sequences, 0, 16, packing=True)
+
+
+def alone():
+    """The same rows, each in a batch of its own."""
+    for seed, lengths in enumerate(LENGTHS):
+        for row in rows(lengths, seed):
+            yield {"input_ids": torch.tensor([row.input_ids]), "labels": torch.tensor([row.labels])}
+
+
+def gradients(model, batches, num_chunks, denominator, **options):
+    """Every chunk's gradient of the summed losses of the batches; nothing is updated."""
+    found, total = [], 0.0
+    with ChunkFT(model, num_chunks=num_chunks, lr=0.0, **options) as tuner:
+        for _ in range(num_chunks):
+            losses = [float(tuner.backward(batch, denominator)) for batch in batches]
+            total = sum(losses)
+            found.append(torch.cat([piece.tensor.grad.flatten().clone() for piece in tuner.active]))
+            tuner.step()
+    return total, found
+
+
+def test_a_packed_batch_says_where_rows_start_and_trains_no_first_token():
+    batch = packed_batch()
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (3, 16)
+    assert batch["position_ids"][0].tolist() == [*range(7), *range(4), *range(3), 0, 1]
+    assert batch["position_ids"][2].tolist() == [*range(12), *range(4)]
+    starts = batch["position_ids"] == 0
+    assert (batch["labels"][starts] == IGNORE_INDEX).all()
+    assert (batch["labels"][0, 14:] == IGNORE_INDEX).all()
+    assert num_counted_tokens(batch["labels"]) == sum(num_counted_tokens(row["labels"]) for row in alone())
+
+
+@pytest.mark.parametrize("loss", ["fused", "standard"])
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_gradients_are_the_sum_of_the_rows_gradients(family, loss):
+    denominator = num_counted_tokens(packed_batch()["labels"])
+    for num_chunks in (1, 7) if loss == "fused" else (2,):
+        options = {"loss": loss, "max_grad_norm": None}
+        expected_loss, expected = gradients(tiny_model(family), list(alone()), num_chunks, denominator, **options)
+        actual_loss, actual = gradients(
+            tiny_model(family), [packed_batch()], num_chunks, denominator, packing=True, **options
+        )
+        assert actual_loss == pytest.approx(expected_loss, rel=1e-6)
+        scale = torch.cat(expected).norm()
+        assert relative_error(torch.cat(actual), torch.cat(expected)) < 1e-6
+        assert max(float((a - b).norm() / scale) for a, b in zip(actual, expected, strict=True)) < 1e-6
+
+
+def test_packing_with_checkpointing_and_accumulation_gives_the_same_gradients():
+    batch = packed_batch()
+    halves = [{name: tensor[part] for name, tensor in batch.items()} for part in (slice(0, 1), slice(1, 3))]
+    denominator = num_counted_tokens(batch["labels"])
+    _, expected = gradients(tiny_model("llama"), list(alone()), 5, denominator, max_grad_norm=None)
+    _, actual = gradients(
+        tiny_model("llama"), halves, 5, denominator, max_grad_norm=None, packing=True, activation_checkpointing="full"
+    )
+    assert relative_error(torch.cat(actual), torch.cat(expected)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("gemma2", torch.float32),
+        ("gpt2", torch.float32),
+        ("mixtral", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gemma2", torch.bfloat16),
+    ],
+)
+def test_no_gradient_flows_from_one_row_into_another(family, dtype):
+    model = tiny_model(family, dtype)
+    first, second = rows((6, 6)), rows((6, 6), seed=9)
+    seen = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.detach().requires_grad_()) or seen[-1]
+    )
+
+    def gradient_of_the_second_row(before):
+        example = joined([before, second[1]])
+        batch = collate([example], 0, 12, packing=True)
+        batch["labels"][:, :7] = IGNORE_INDEX
+        loss = compute_loss(model, batch, 1.0, StepOptions())
+        return torch.autograd.grad(loss, seen[-1])[0]
+
+    one, other = gradient_of_the_second_row(first[0]), gradient_of_the_second_row(second[0])
+    assert not one[:, :6].any()
+    assert one[:, 6:].any()
+    # Experts multiply more or fewer rows at once, which rounds differently.
+    assert relative_error(one, other) <= (1e-6 if family == "mixtral" else 0.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, bos_token_id=1, eos_token_id=2),
+        FalconConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        "opt",
+    ],
+    ids=["mamba", "falcon", "opt"],
+)
+def test_a_model_in_which_rows_would_meet_is_refused_by_name(config):
+    model = tiny_model(config) if config == "opt" else AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=r"training\.packing: .* lets rows of one sequence see each other; use packing false"):
+        ChunkFT(model, num_chunks=2, packing=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_mixes_up_positions_is_refused():
+    model = tiny_model("gpt2")
+    inner = model.transformer.wpe.forward
+    model.transformer.wpe.forward = lambda position_ids: inner(torch.arange(position_ids.shape[1])[None])
+    with pytest.raises(InputError, match="does not start each row at its own position 0"):
+        check_packing(model, StepOptions())
+
+
+def test_a_model_that_takes_no_positions_is_refused():
+    model = tiny_model("llama")
+
+    def loss_of(batch):
+        if "position_ids" in batch:
+            raise TypeError("unexpected keyword")
+        return compute_loss(model, batch, 1.0, StepOptions())
+
+    with pytest.raises(InputError, match="takes no position ids"):
+        check_isolation(model, loss_of)
+
+
+def test_positions_come_with_packing_and_only_with_it():
+    batch = packed_batch()
+    with (
+        ChunkFT(tiny_model("llama"), num_chunks=2) as tuner,
+        pytest.raises(InputError, match=r"batch\.position_ids: needs the option packing"),
+    ):
+        tuner.backward(batch)
+    with ChunkFT(tiny_model("llama"), num_chunks=2, packing=True) as tuner:
+        with pytest.raises(InputError, match=r"batch\.position_ids: is missing"):
+            tuner.backward({name: batch[name] for name in ("input_ids", "labels")})
+        with pytest.raises(InputError, match=r"batch\.attention_mask: cannot come with packing"):
+            tuner.backward({**batch, "attention_mask": torch.ones_like(batch["input_ids"])})
+
+
+def test_held_out_loss_is_the_same_packed_and_not():
+    model = tiny_model("qwen3")
+    packed, num_packed = evaluate(model, [packed_batch()], StepOptions())
+    plain, num_plain = evaluate(model, list(alone()), StepOptions())
+    assert num_packed == num_plain
+    assert packed == pytest.approx(plain, rel=1e-6)
