@@ -121,14 +121,18 @@ def grid() -> Iterator[Case]:
         yield case("llama", precision=precision, attention="eager")
         yield case("llama", precision=precision, activation_checkpointing={"layers": [0, 3]})
         yield case("llama", precision=precision, max_grad_norm=None)
-        for model in ("llama", "mistral", "gemma2", "gpt2", "gpt_neox"):
-            for checkpointing in ("full", "none"):
-                yield case(model, precision=precision, packing=True, activation_checkpointing=checkpointing)
-        yield case("llama", precision=precision, packing=True, attention="eager", loss="standard")
-        yield case("llama-tied", precision=precision, packing=True, gradient_accumulation_steps=2, seq_len=512)
+        yield from _packed(precision)
     for states in ("keep", "reset"):
         for switch_every in (2, 3):
             yield case("llama", switch_every=switch_every, states=states)
+
+
+def _packed(precision: str) -> Iterator[Case]:
+    for model in ("llama", "mistral", "gemma2", "gpt2", "gpt_neox"):
+        for checkpointing in ("full", "none"):
+            yield case(model, precision=precision, packing=True, activation_checkpointing=checkpointing)
+    yield case("llama", precision=precision, packing=True, attention="eager", loss="standard")
+    yield case("llama-tied", precision=precision, packing=True, gradient_accumulation_steps=2, seq_len=512)
 
 
 def build(config: dict[str, Any], training: TrainingSpec) -> PreTrainedModel:

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from engine.packing import pack
+from engine.spec import RunSpec
+from engine.trainer import Trainer
+from tests.engine.runs import prepare_run
 
 
 def rows_of(packing):
@@ -46,3 +51,33 @@ def test_a_million_rows_are_packed_in_a_moment():
     packing = pack(lengths, 2048)
     assert len(packing.members) == 1_000_000
     assert lengths.sum() / (len(packing) * 2048) > 0.999
+
+
+def train(run_dir, stops=()):
+    """Run to the end, in attempts that end after the given updates; the events of the last attempt."""
+    run = RunSpec.model_validate_json((run_dir / "job.json").read_text())
+    for stop in (*stops, None):
+        events = []
+        trainer = Trainer(
+            run, run_dir, lambda type, events=events, **fields: events.append((type, fields)), lambda: False
+        )
+        trainer.stop_requested = lambda trainer=trainer, stop=stop: trainer.tuner.num_updates == stop
+        assert trainer.train() == ("completed" if stop is None else "stopped")
+    return events
+
+
+def test_a_packed_run_resumes_where_it_was_and_says_how_dense_it_is(tmp_path):
+    runs = [prepare_run(tmp_path / name, rows=60, packing=True, max_steps=7, micro_batch_size=2) for name in "ab"]
+    events = [train(runs[0]), train(runs[1], stops=(2, 5))]
+    whole, resumed = (load_file(run / "artifacts" / "tuned" / "model.safetensors") for run in runs)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    started = [fields for kind, fields in events[1] if kind == "started"]
+    dataset = started[0]["dataset"]
+    assert started[0]["resumed_step"] == 5
+    assert dataset["num_train_rows"] == 54
+    assert dataset["num_packed_sequences"] * 64 * dataset["packing_density"] == pytest.approx(
+        dataset["num_train_tokens"]
+    )
+    assert dataset["num_packed_sequences"] < 54
+    evaluations = [[fields["loss"] for kind, fields in found if kind == "eval"] for found in events]
+    assert evaluations[0][-1] == evaluations[1][-1]
