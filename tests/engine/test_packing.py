@@ -59,7 +59,7 @@ def train(run_dir, stops=()):
     for stop in (*stops, None):
         events = []
         trainer = Trainer(
-            run, run_dir, lambda type, events=events, **fields: events.append((type, fields)), lambda: False
+            run, run_dir, lambda kind, events=events, **fields: events.append((kind, fields)), lambda: False
         )
         trainer.stop_requested = lambda trainer=trainer, stop=stop: trainer.tuner.num_updates == stop
         assert trainer.train() == ("completed" if stop is None else "stopped")
