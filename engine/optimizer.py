@@ -23,7 +23,7 @@ from engine.rounding import Noise, join, split, stochastic_round_
 from engine.rules import RULES, HyperParameters, decay_
 from engine.schedule import Visit
 from engine.spec import Master, Optimizer, StateDtype
-from engine.states import MOMENT_SIGNS, StateLayout
+from engine.states import MOMENT_SIGNS, StateLayout, StateTensor
 from engine.transfer import WHOLE, BlockKey, ChunkStates, Lane, Passage, States, lane_for
 
 
@@ -65,8 +65,14 @@ class ChunkOptimizer:
         """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without clipping."""
         norm = clip_(active, self.config.max_grad_norm)
         self.begin(visit, learning_rate)
-        for ordinal, piece in enumerate(active):
-            self.update_slice(ordinal, piece)
+        with_gradient = [(i, piece) for i, piece in enumerate(active) if piece.tensor.grad is not None]
+        # States that pass through travel from one slice to the next without a pause, where copies run beside updates.
+        is_shared = bool(with_gradient) and visit.is_first and visit.is_last and self.lane(active[0]).ahead > 0
+        passage = self.passage(with_gradient) if is_shared else None
+        for ordinal, piece in with_gradient:
+            self.update_slice(ordinal, piece, passage)
+        if passage is not None:
+            passage.close()
         self.finish(active)
         return norm
 
@@ -80,15 +86,40 @@ class ChunkOptimizer:
         states.num_updates += 1
         states.last_update = visit.update
 
-    def update_slice(self, ordinal: int, piece: ActiveSlice) -> None:
-        """Update the slice's weights block by block, then release its gradient; the visit's last update sends its
-        states away.
+    def passage(self, pieces: list[tuple[int, ActiveSlice]]) -> Passage:
+        """For the states of the slices (with their ordinals) in the update that has begun."""
+        assert self._visit is not None
+        wanted: dict[BlockKey, dict[str, StateTensor]] = {}
+        for ordinal, piece in pieces:
+            layout, shape = self.config.layout(piece.tensor), (piece.tensor.numel(), piece.num_columns)
+            wanted[ordinal, WHOLE] = layout.of_slice(*shape)
+            wanted |= {(ordinal, begin): layout.of_block(size) for begin, size in layout.blocks(*shape)}
+        first = pieces[0][1]
+        return Passage(
+            self.chunks[self._visit.chunk_index],
+            self.config.layout(first.tensor),
+            self.lane(first),
+            wanted,
+            first.tensor.device,
+            passes_through=self._visit.is_first and self._visit.is_last,
+        )
+
+    def update_slice(self, ordinal: int, piece: ActiveSlice, passage: Passage | None = None) -> None:
+        """Update the slice's weights block by block, then release its gradient.
+
+        Args:
+            ordinal: of the slice within the chunk.
+            piece: the slice; nothing happens when it has no gradient.
+            passage: by which its states come and go; default: one of its own.
         """
         gradient = piece.tensor.grad
         if gradient is None:
             return
         assert self._visit is not None
-        _SliceUpdate(self, ordinal, piece, gradient, self._visit, self._learning_rate).run()
+        own = passage or self.passage([(ordinal, piece)])
+        _SliceUpdate(self, ordinal, piece, gradient, own, self._visit, self._learning_rate).run()
+        if passage is None:
+            own.close()
         del gradient
         piece.release_gradient()
 
@@ -99,8 +130,8 @@ class ChunkOptimizer:
         states = self.chunks[visit.chunk_index]
         if not visit.is_last or not states.device:
             return
-        layout, lane = self.config.layout(active[0].tensor), self.lane(active[0].tensor.device)
-        passage = Passage(states, layout, lane, {}, active[0].tensor.device)
+        layout, device = self.config.layout(active[0].tensor), active[0].tensor.device
+        passage = Passage(states, layout, self.lane(active[0]), {}, device, passes_through=False)
         for key in list(states.device):
             passage.leave(key)
         passage.close()
@@ -110,10 +141,10 @@ class ChunkOptimizer:
         """Between :meth:`begin` and :meth:`finish`."""
         return self._visit is not None
 
-    def lane(self, device: torch.device) -> Lane:
+    def lane(self, piece: ActiveSlice) -> Lane:
         """Where states travel."""
         if self._lane is None:
-            self._lane = lane_for(device)
+            self._lane = lane_for(piece.tensor.device)
         return self._lane
 
     def settle(self) -> None:
@@ -130,44 +161,43 @@ class _SliceUpdate:
     """One update of one slice."""
 
     def __init__(
-        self, optimizer: ChunkOptimizer, ordinal: int, piece: ActiveSlice, gradient: Tensor, visit: Visit, rate: float
+        self,
+        optimizer: ChunkOptimizer,
+        ordinal: int,
+        piece: ActiveSlice,
+        gradient: Tensor,
+        passage: Passage,
+        visit: Visit,
+        rate: float,
     ) -> None:
         self._optimizer, self._config = optimizer, optimizer.config
         self._states = optimizer.chunks[visit.chunk_index]
         self._visit, self._ordinal, self._rate = visit, ordinal, rate
         self._weight, self._gradient = piece.tensor.detach(), gradient
         self._num_columns = piece.num_columns
-        self._layout = layout = self._config.layout(self._weight)
-        numel = self._weight.numel()
-        self._blocks = {(ordinal, begin): size for begin, size in layout.blocks(numel, self._num_columns)}
-        wanted = {key: layout.of_block(size) for key, size in self._blocks.items()}
-        wanted[ordinal, WHOLE] = layout.of_slice(numel, self._num_columns)
-        lane = optimizer.lane(self._weight.device)
-        self._passage = Passage(self._states, layout, lane, wanted, self._weight.device)
+        self._layout, self._passage = self._config.layout(self._weight), passage
 
     @torch.no_grad()
     def run(self) -> None:
         """Block by block."""
         factored = self._factored() if self._config.rule is Optimizer.ADAFACTOR else None
-        keys = list(self._blocks)
-        for i, key in enumerate(keys):
-            here = self._passage.take(key, keys[i + 1 :])
-            self._update_block(key, here, factored)
+        for begin, numel in self._layout.blocks(self._weight.numel(), self._num_columns):
+            key = self._ordinal, begin
+            self._update_block(key, numel, self._passage.take(key), factored)
             if self._visit.is_last:
                 self._passage.leave(key)
         if factored is not None and self._visit.is_last:
             self._passage.leave((self._ordinal, WHOLE))
-        self._passage.close()
 
     def _factored(self) -> FactoredUpdate:
         """Adafactor's update, from second moments of the whole slice."""
-        factors = self._passage.take((self._ordinal, WHOLE), [])
+        factors = self._passage.take((self._ordinal, WHOLE))
         matrix = self._gradient.view(-1, self._num_columns)
         decay = 1.0 - self._states.num_updates**-0.8
         return FactoredUpdate(matrix, factors["row"].unsqueeze(1), factors["column"].unsqueeze(0), decay, 1.0)
 
-    def _update_block(self, key: BlockKey, here: States, factored: FactoredUpdate | None) -> None:
-        begin, numel = key[1], self._blocks[key]
+    def _update_block(self, key: BlockKey, numel: int, here: States, factored: FactoredUpdate | None) -> None:
+        begin = key[1]
         weight, gradient = self._weight[begin : begin + numel], self._gradient[begin : begin + numel]
         if self._layout.master is Master.FP32 and "master" not in here:
             here["master"] = weight.float()

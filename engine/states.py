@@ -92,6 +92,10 @@ class StateLayout:
             return {}
         return {"row": StateTensor(numel // num_columns, "float32"), "column": StateTensor(num_columns, "float32")}
 
+    def wanted(self, slices: list[tuple[int, int]]) -> list[dict[str, StateTensor]]:
+        """The states of all blocks of slices of (``numel``, ``num_columns``)."""
+        return [self.of_block(size) for piece in slices for _, size in self.blocks(*piece)]
+
     def stays(self, name: str) -> bool:
         """Does a state live in host memory between visits?"""
         return name == "residual" or (name != "master" and self.states == "keep")
@@ -110,3 +114,13 @@ class StateLayout:
         kept = [self.of_slice(numel, num_columns)]
         kept += [self.of_block(size) for _, size in self.blocks(numel, num_columns)]
         return sum(tensor.num_bytes for named in kept for name, tensor in named.items() if self.stays(name))
+
+
+def largest_tensors(blocks: list[dict[str, StateTensor]]) -> dict[str, StateTensor]:
+    """A buffer that takes the states of any of the blocks."""
+    largest: dict[str, StateTensor] = {}
+    for tensors in blocks:
+        for name, tensor in tensors.items():
+            if name not in largest or largest[name].numel < tensor.numel:
+                largest[name] = tensor
+    return largest

@@ -1,8 +1,8 @@
-"""How states travel between host and device while a slice is updated block by block.
+"""How states travel between host and device while a chunk is updated block by block.
 
-On a GPU, a block's states are copied in on a side stream while the block before it is updated, and home again while
-the one after it is: two buffers take turns, and the device holds no more than two blocks' states. On the CPU copies
-and updates follow one another, with one buffer.
+On a GPU, a block's states are copied in on one side stream while the block before it is copied out on another: two
+buffers take turns, and the device holds no more than two blocks' states. On the CPU copies and updates follow one
+another, with one buffer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.states import StateLayout, StateTensor
+from engine.states import StateLayout, StateTensor, largest_tensors
 
 BlockKey = tuple[int, int]
 """Ordinal of the slice within its chunk, and first element of the block within the slice; WHOLE: of all its blocks."""
@@ -41,8 +41,16 @@ class Lane:
         self.ahead = ahead
         """How many blocks' states are brought before their turn."""
 
-    def run(self, copy: Callable[[], None]) -> Any:
-        """Copy after all work that was started so far, and after all copies before; returns a ticket to wait for."""
+    def bring(self, copy: Callable[[], None], after: Any) -> Any:
+        """Copy in after all work that was started so far, and after the ticket ``after`` (of a copy out, or None).
+
+        Returns:
+            A ticket to wait for.
+        """
+        copy()
+
+    def send(self, copy: Callable[[], None]) -> Any:
+        """Copy out after all work that was started so far; returns a ticket, after which earlier ones are done too."""
         copy()
 
     def wait(self, ticket: Any) -> None:
@@ -52,20 +60,30 @@ class Lane:
         """Return when all copies are done: the host may then read what came home."""
 
 
-class SideStream(Lane):
-    """Copies on a stream of their own, one block ahead of the updates."""
+class SideStreams(Lane):
+    """Copies on a stream for each direction, one block ahead of the updates."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(ahead=1)
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._incoming = torch.cuda.Stream(device)
+        self._outgoing = torch.cuda.Stream(device)
 
-    def run(self, copy: Callable[[], None]) -> torch.cuda.Event:
-        """See :meth:`Lane.run`; returns at once."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+    def bring(self, copy: Callable[[], None], after: torch.cuda.Event | None) -> torch.cuda.Event:
+        """See :meth:`Lane.bring`; returns at once."""
+        if after is not None:
+            self._incoming.wait_event(after)
+        return self._run(self._incoming, copy)
+
+    def send(self, copy: Callable[[], None]) -> torch.cuda.Event:
+        """See :meth:`Lane.send`; returns at once."""
+        return self._run(self._outgoing, copy)
+
+    def _run(self, stream: torch.cuda.Stream, copy: Callable[[], None]) -> torch.cuda.Event:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
             copy()
-        return self._stream.record_event()
+        return stream.record_event()
 
     def wait(self, ticket: torch.cuda.Event) -> None:
         """See :meth:`Lane.wait`; the host does not wait."""
@@ -73,23 +91,25 @@ class SideStream(Lane):
 
     def settle(self) -> None:
         """See :meth:`Lane.settle`."""
-        self._stream.synchronize()
+        self._outgoing.synchronize()
 
 
 def lane_for(device: torch.device) -> Lane:
     """The lane that serves a device."""
-    return SideStream(device) if device.type == "cuda" else Lane()
+    return SideStreams(device) if device.type == "cuda" else Lane()
 
 
 class Passage:
-    """The states of one slice during one update: they come block by block, and leave in the same way.
+    """The states of some slices during one update: they come block by block, and leave in the same way.
 
     Args:
         chunk: whose ``host`` and ``device`` are kept up to date.
         layout: which states there are, and which stay in host memory.
         lane: where the copies run.
-        wanted: the tensors of each block in the order of the updates, the largest first.
+        wanted: the tensors of every block, in the order of the updates.
         device: of the weights.
+        passes_through: all states both come and leave: ``lane.ahead`` + 1 buffers, allocated here, are lent to the
+            blocks in turn.
     """
 
     def __init__(
@@ -99,27 +119,38 @@ class Passage:
         lane: Lane,
         wanted: dict[BlockKey, dict[str, StateTensor]],
         device: torch.device,
+        *,
+        passes_through: bool,
     ) -> None:
         self._chunk, self._layout, self._lane, self._device = chunk, layout, lane, device
-        self._wanted = wanted
-        self._tickets: dict[BlockKey, Any] = {}
-        self._buffers: dict[BlockKey, States] = {}
-        self._spare: list[States] = []
-        self._last_ticket: Any = None
+        self._wanted, self._passes_through = wanted, passes_through
+        order = [key for key in wanted if key[1] != WHOLE]
+        self._following = {key: order[i + 1 : i + 1 + lane.ahead] for i, key in enumerate(order)}
+        self._arrivals: dict[BlockKey, Any] = {}
+        self._lent: dict[BlockKey, States] = {}
+        self._leaving: list[States] = []
+        self._last_sent: Any = None
+        num_buffers = min(1 + lane.ahead, len(order)) if passes_through else 0
+        largest = largest_tensors([wanted[key] for key in order])
+        self.spare: list[tuple[States, Any]] = [(self._new(largest), None) for _ in range(num_buffers)]
+        """Buffers that no block has now, and the copy out of each that a copy in must come after."""
 
-    def take(self, key: BlockKey, following: list[BlockKey]) -> States:
-        """A block's states, there for the work that is started next; ``lane.ahead`` of the following are on the way."""
-        for wanted in (key, *following[: self._lane.ahead]):
-            if wanted not in self._chunk.device:
-                self._come(wanted)
-        if key in self._tickets:
-            self._lane.wait(self._tickets.pop(key))
+    def take(self, key: BlockKey) -> States:
+        """A block's states, there for the work that is started next; those of the following are on their way."""
+        for due in (key, *self._following.get(key, ())):
+            if due not in self._chunk.device:
+                self._come(due)
+        if key in self._arrivals:
+            self._lane.wait(self._arrivals.pop(key))
         return self._chunk.device[key]
 
     def _come(self, key: BlockKey) -> None:
-        tensors = self._wanted[key]
-        buffer = self._spare.pop() if self._spare else self._new(tensors)
-        here = {name: buffer[name][: tensor.numel] for name, tensor in tensors.items()}
+        tensors, after = self._wanted[key], None
+        if self._passes_through and key[1] != WHOLE:
+            self._lent[key], after = self.spare.pop()
+            here = {name: self._lent[key][name][: tensor.numel] for name, tensor in tensors.items()}
+        else:
+            here = self._new(tensors)
         home = self._chunk.host.get(key, {})
 
         def copy() -> None:
@@ -129,8 +160,7 @@ class Passage:
                 else:
                     tensor.zero_()
 
-        self._tickets[key] = self._lane.run(copy)
-        self._buffers[key] = buffer
+        self._arrivals[key] = self._lane.bring(copy, after)
         self._chunk.device[key] = here
 
     def _new(self, tensors: dict[str, StateTensor]) -> States:
@@ -141,7 +171,7 @@ class Passage:
 
     def leave(self, key: BlockKey) -> None:
         """Send home what outlives the visit, after the work that was started so far; the rest is dropped."""
-        here = self._chunk.device.pop(key)
+        here, sent = self._chunk.device.pop(key), None
         staying = {name: tensor for name, tensor in here.items() if self._layout.stays(name)}
         if staying:
             home = self._chunk.host.setdefault(key, {})
@@ -151,15 +181,19 @@ class Passage:
                 for name, tensor in staying.items():
                     home[name].copy_(tensor, non_blocking=True)
 
-            self._last_ticket = self._lane.run(copy)
-        # Lent to the block after the next: its states are copied in by the same lane, so after these are out.
-        self._spare.append(self._buffers.pop(key, here))
+            sent = self._lane.send(copy)
+            self._last_sent = sent
+        if key in self._lent:
+            self.spare.append((self._lent.pop(key), sent))
+        elif sent is not None:
+            self._leaving.append(staying)
 
     def close(self) -> None:
-        """Give the buffers back when the last copy out of them is done."""
-        if self._last_ticket is not None:
-            self._lane.wait(self._last_ticket)
-        self._spare.clear()
+        """Give the memory back: whoever gets it next runs after the last copy out of it."""
+        if self._last_sent is not None:
+            self._lane.wait(self._last_sent)
+        self.spare.clear()
+        self._leaving.clear()
 
 
 def host_like(tensor: Tensor) -> Tensor:

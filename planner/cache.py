@@ -129,18 +129,22 @@ class TraceStore:
             self._steps[key] = trace
         return self._steps[key]
 
-    def update(self, numel: int, num_columns: int, schedule: ScheduleSpec, *, comes: bool, leaves: bool) -> StepTrace:
-        """The optimizer's update of a slice of ``numel`` elements, ``num_columns`` in its last dimension."""
+    def update(
+        self, numel: int, num_columns: int, schedule: ScheduleSpec, *, comes: bool, leaves: bool, is_shared: bool
+    ) -> StepTrace:
+        """The optimizer's update of a slice of ``numel`` elements; see :func:`planner.update.trace_update`."""
         training = self._training
         kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
         shape = (numel, num_columns if training.optimizer is Optimizer.ADAFACTOR else 1)
-        key = repr((shape, training.optimizer.value, training.precision.value, kept, comes, leaves))
+        key = repr((shape, training.optimizer.value, training.precision.value, kept, comes, leaves, is_shared))
         if key not in self._steps:
             known = self._content["updates"].get(key)
             if known is None:
                 from planner.update import trace_update
 
-                trace = trace_update(self._device_kind, *shape, training, schedule, comes=comes, leaves=leaves)
+                trace = trace_update(
+                    self._device_kind, *shape, training, schedule, comes=comes, leaves=leaves, is_shared=is_shared
+                )
                 self._content["updates"][key] = trace.to_json()
                 self._is_changed = True
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.chunks import Chunk, Slice, partition
 from engine.errors import InputError
 from engine.spec import ScheduleSpec, TrainingSpec
-from engine.states import StateLayout
+from engine.states import StateLayout, largest_tensors
 from planner.cache import TraceStore
 from planner.compose import SegmentSummary, SliceUpdate, summarise
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
@@ -128,8 +128,25 @@ class Footprints:
     def update_trace(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> StepTrace:
         """The optimizer's work on one slice."""
         return self.store.update(
-            piece.numel, self._num_columns(piece), schedule, comes=update.comes, leaves=update.leaves
+            piece.numel,
+            self._num_columns(piece),
+            schedule,
+            comes=update.comes,
+            leaves=update.leaves,
+            is_shared=self._is_shared(update),
         )
+
+    def _is_shared(self, update: Update) -> bool:
+        """Do the states of the whole chunk pass through the same buffers? Only where copies run beside updates."""
+        return self.gpu.kind != "cpu" and update.comes and update.leaves and not self.training.update_in_backward
+
+    def buffers(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> list[int]:
+        """Sizes of the tensors through which the chunk's states pass during this kind of update."""
+        if not self._is_shared(update):
+            return []
+        layout = StateLayout.of(self.training, schedule)
+        blocks = layout.wanted([(piece.numel, self._num_columns(piece)) for piece in chunk.slices])
+        return [tensor.num_bytes for tensor in largest_tensors(blocks).values()] * min(2, len(blocks))
 
     def _num_columns(self, piece: Slice) -> int:
         return self.structure.parameters[piece.index].num_columns
@@ -191,6 +208,7 @@ class Footprints:
             clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
             moments.append(Moment("optimizer", "clip", seconds, max(clips, key=sum)))
             seconds += sum(self._seconds(phases["clip"].work) for phases in updates)
+        live[_STATES] += sum(map(self.rounded, self.buffers(chunk, schedule, update)))
         for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
             summary = phases["optimizer"]
             if not training.update_in_backward:
@@ -202,7 +220,9 @@ class Footprints:
             seconds += self._seconds(summary.work)
             if self.gpu.kind != "cpu":
                 at_home = self.host_bytes(piece, schedule)
-                seconds += (update.comes + update.leaves) * transfer_seconds(at_home, self.gpu)
+                # What passes through comes and leaves at the same time, one block after the other.
+                num_ways = 1 if self._is_shared(update) else update.comes + update.leaves
+                seconds += num_ways * transfer_seconds(at_home, self.gpu)
         if training.update_in_backward:
             moments.append(Moment("optimizer", "end", seconds, tuple(live)))
         return moments, seconds

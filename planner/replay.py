@@ -73,8 +73,13 @@ class _Replay:
                 else:
                     self._allocator.free(block)
         gradients |= {ordinal: block for block, ordinal in live.values() if ordinal >= 0}
+        buffers = [
+            self._malloc(size_bytes) for size_bytes in self._footprints.buffers(footprint.chunk, self._schedule, update)
+        ]
         for position, block in sorted(gradients.items()):
             staying += self._update_slice(pieces[position], update, block)
+        for block in buffers:
+            self._allocator.free(block)
         for block, _ in live.values():
             if block not in gradients.values():
                 self._allocator.free(block)

@@ -29,6 +29,7 @@ def trace_update(
     *,
     comes: bool,
     leaves: bool,
+    is_shared: bool = False,
 ) -> StepTrace:
     """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and ``optimizer``.
 
@@ -40,6 +41,7 @@ def trace_update(
         schedule: decides what is kept, how, and where.
         comes: the states come to the device with this update.
         leaves: they leave with it.
+        is_shared: buffers that the whole chunk's states pass through are there already.
     """
     leaf = torch.empty(numel, dtype=DTYPES[training.precision], device="meta", requires_grad=True)
     parameter = nn.Parameter(torch.empty(numel // num_columns, num_columns, device="meta"))
@@ -54,7 +56,11 @@ def trace_update(
     states = optimizer.chunks[0] = ChunkStates()
     optimizer.begin(Visit(0, 0, 0, is_first=comes, is_last=leaves), 1e-3)
     _fill(states, StateLayout.of(training, schedule), numel, num_columns, on_device=not comes)
+    passage = optimizer.passage([(0, piece)]) if is_shared else None
     mode = MemoryTrace(device_kind)
+    for buffer, _ in passage.spare if passage else []:
+        for tensor in buffer.values():
+            mode.ignore(tensor)
     for tensor in (
         leaf,
         *(t for there in (states.host, states.device) for kept in there.values() for t in kept.values()),
@@ -70,7 +76,7 @@ def trace_update(
         mode.enter_segment("clip", EMBED)
         clip_([piece], 1.0)
         mode.enter_segment("optimizer", EMBED)
-        optimizer.update_slice(0, piece)
+        optimizer.update_slice(0, piece, passage)
         mode.enter_segment("end", EMBED)
     categories = {0: _GRADIENTS} | dict.fromkeys(states.device.blocks, _STATES)
     found = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))

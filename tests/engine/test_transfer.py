@@ -9,30 +9,37 @@ from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.schedule import Schedule
 from engine.spec import Master, Optimizer, StateDtype
 from engine.transfer import Lane
-from tests.engine.updates import gradients, random_weight, run
 
 
 class Procrastinator(Lane):
-    """A side stream at its slowest: no copy runs before somebody waits for it."""
+    """Two side streams at their slowest: no copy runs before somebody waits for it."""
 
     def __init__(self):
         super().__init__(ahead=1)
-        self.pending = []
-        self.num_done = 0
-        self.num_copies = 0
+        self.pending = {}
+        self.last = {"in": None, "out": None}
 
-    def run(self, copy):
-        self.pending.append(copy)
-        self.num_copies += 1
-        return self.num_copies
+    def bring(self, copy, after):
+        return self.later("in", copy, after)
+
+    def send(self, copy):
+        return self.later("out", copy, None)
+
+    def later(self, stream, copy, after):
+        ticket = object()
+        self.pending[ticket] = copy, self.last[stream], after
+        self.last[stream] = ticket
+        return ticket
 
     def wait(self, ticket):
-        while self.num_done < ticket:
-            self.pending.pop(0)()
-            self.num_done += 1
+        if ticket in self.pending:
+            copy, before, after = self.pending.pop(ticket)
+            self.wait(before)
+            self.wait(after)
+            copy()
 
     def settle(self):
-        self.wait(self.num_copies)
+        self.wait(self.last["out"])
 
 
 class Hasty(Lane):
@@ -59,15 +66,33 @@ OPTIONS = [
 ]
 
 
+SHAPES = [(130, 10), (5,), (64, 9), (300,), (3,), (200, 11)]
+
+
+def fed(config, switch_every, lane=None, num_chunks=2, num_cycles=3):
+    """Random gradients fed to tensors of many sizes; one of them gets none now and then."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in SHAPES]
+    stream = ParameterStream(nn.ParameterList(tensors))
+    chunks, schedule = stream.partition(num_chunks), Schedule(num_chunks, switch_every=switch_every)
+    optimizer = ChunkOptimizer(config, lane)
+    for update in range(num_cycles * schedule.updates_per_cycle):
+        visit = schedule.visit(update)
+        with activate(nn.ParameterList(tensors), chunks[visit.chunk_index], stream) as active:
+            for i, piece in enumerate(active):
+                if i != 2 or update % 3:
+                    piece.tensor.grad = torch.randn(piece.tensor.shape, generator=generator).bfloat16()
+            optimizer.update(active, visit, 1e-2)
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]), optimizer
+
+
 @pytest.mark.parametrize("lane", [Procrastinator, Hasty])
 @pytest.mark.parametrize("switch_every", [1, 2, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_copies_ahead_and_behind_change_nothing(options, switch_every, lane):
     config = OptimizerConfig(max_grad_norm=None, **options)
-    weight = random_weight((130, 10)).bfloat16()  # two chunks of three blocks, the last smaller
-    updates = gradients(6 * switch_every, (130, 10))
-    plain, expected = run(config, weight, updates, 2, switch_every)
-    beside, found = run(config, weight, updates, 2, switch_every, lane=lane())
+    plain, expected = fed(config, switch_every)
+    beside, found = fed(config, switch_every, lane())
     assert torch.equal(plain, beside)
     found.settle()
     for index, chunk in expected.chunks.items():
@@ -80,17 +105,17 @@ def test_the_device_never_holds_more_than_two_blocks_states():
     counted = []
 
     class Counting(Procrastinator):
-        def run(self, copy):
-            counted.append(len(optimizer.chunks[0].device))
-            return super().run(copy)
+        def later(self, stream, copy, after):
+            counted.append((stream, len(optimizer.chunks[0].device)))
+            return super().later(stream, copy, after)
 
-    config = OptimizerConfig(max_grad_norm=None)
-    optimizer = ChunkOptimizer(config, Counting())
-    layer = nn.Linear(10, 256, bias=False)
-    with activate(layer, ParameterStream(layer).partition(1)[0]) as active:
-        for update in range(2):
-            active[0].tensor.grad = torch.ones(2560)
-            optimizer.update(active, Schedule(1).visit(update), 1e-3)
-    assert len(optimizer.chunks[0].host) == 10
-    assert max(counted) == 1  # beside the block that is on its way
-    assert len(counted) == 2 * 2 * 10
+    optimizer = ChunkOptimizer(OptimizerConfig(max_grad_norm=None), Counting())
+    tensors = nn.ParameterList([torch.ones(200), torch.ones(1000, 2)])
+    with activate(tensors, ParameterStream(tensors).partition(1)[0]) as active:
+        for piece in active:
+            piece.tensor.grad = torch.ones_like(piece.tensor)
+        optimizer.update(active, Schedule(1).visit(0), 1e-3)
+    num_blocks = 1 + 8
+    assert len(optimizer.chunks[0].host) == num_blocks
+    # Beside the block that is on its way. All but the first travel while another is there, also to the next slice.
+    assert sorted(number for stream, number in counted if stream == "in") == [0] + [1] * (num_blocks - 1)

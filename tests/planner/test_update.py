@@ -1,9 +1,10 @@
-"""The planned update of one slice: states that pass through, and how many blocks of them at once."""
+"""The planned update of a chunk: states that pass through, and how many blocks of them at once."""
 
 import pytest
 
 from engine.spec import TrainingSpec, parse
 from engine.states import BLOCK_NUMEL, StateLayout
+from planner import PlanRequest, plan, timeline
 from planner.compose import summarise
 from planner.segments import CATEGORIES
 from planner.update import trace_update
@@ -11,23 +12,43 @@ from planner.update import trace_update
 STATES = CATEGORIES.index("optimizer_states")
 
 
-def states_at_peak(device_kind, num_blocks, *, comes=True, leaves=True, **training):
+def states_of_update(device_kind, num_blocks, *, comes=True, leaves=True, is_shared=False, **training):
+    """(highest, left) bytes of states in the update of one slice, in units of a block's."""
     spec = parse(TrainingSpec, {"schedule": {"num_chunks": 2}, **training})
     numel = num_blocks * BLOCK_NUMEL
-    trace = trace_update(device_kind, numel, 1024, spec, spec.schedule, comes=comes, leaves=leaves)
+    options = {"comes": comes, "leaves": leaves, "is_shared": is_shared}
+    trace = trace_update(device_kind, numel, 1024, spec, spec.schedule, **options)
     (found,) = [s for s in summarise(trace, (), (numel,), 0, 1) if s.phase == "optimizer"]
     per_block = sum(StateLayout.of(spec, spec.schedule).device_bytes(BLOCK_NUMEL, 1024))
     return found.peak[STATES] / per_block, found.net[STATES] / per_block
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion"])
-def test_a_gpu_holds_two_blocks_states_and_the_cpu_one(optimizer):
-    assert states_at_peak("cpu", 5, optimizer=optimizer) == (1, 0)
-    assert states_at_peak("cuda", 5, optimizer=optimizer) == (2, 0)
-    assert states_at_peak("rocm", 5, optimizer=optimizer) == (2, 0)
-    assert states_at_peak("cuda", 1, optimizer=optimizer) == (1, 0)
+def test_a_slice_on_its_own_holds_two_blocks_states_on_a_gpu_and_one_on_the_cpu(optimizer):
+    assert states_of_update("cpu", 5, optimizer=optimizer) == (1, 0)
+    assert states_of_update("cuda", 5, optimizer=optimizer) == (2, 0)
+    assert states_of_update("rocm", 5, optimizer=optimizer) == (2, 0)
+    assert states_of_update("cuda", 1, optimizer=optimizer) == (1, 0)
 
 
 @pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
 def test_states_that_stay_for_a_visit_stay(device_kind):
-    assert states_at_peak(device_kind, 3, leaves=False) == (3, 3)
+    assert states_of_update(device_kind, 3, leaves=False) == (3, 3)
+
+
+def test_in_shared_buffers_a_slice_takes_none_of_its_own():
+    assert states_of_update("cuda", 5, is_shared=True) == (0, 0)
+
+
+@pytest.mark.parametrize(("gpu", "num_blocks"), [("cpu", 1), ("rtx-4090", 2)])
+def test_a_plan_counts_the_buffers(gpu, num_blocks):
+    config = {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 3,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 256,
+    }  # fmt: skip
+    training = {"seq_len": 16, "schedule": {"num_chunks": 2}}
+    request = PlanRequest.model_validate({"model": {"config": config}, "gpu": gpu, "training": training})
+    states = [p.breakdown.optimizer_states for p in timeline(request).points if p.phase == "optimizer"]
+    assert max(states) == num_blocks * 2 * 4 * BLOCK_NUMEL
+    assert all(p.breakdown.optimizer_states == 0 for p in timeline(request).points if p.phase != "optimizer")
+    assert plan(request).peak.phase == "optimizer"
