@@ -2,8 +2,10 @@
 
 A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer
 states of its slices), and ``manifest.json`` with the position, the random states, every file's size and SHA-256, and
-its own. It is written under a temporary name, synced, and renamed. Files of chunks that did not change since the
-previous checkpoint are hard links to it.
+its own. It is written under a temporary name, synced, and renamed.
+
+Files of chunks that did not change are hard links to the same files of the checkpoints that this one replaces. So an
+unchanged chunk is not written again, and yet no two checkpoints that are kept share a file: damage hits one of them.
 """
 
 from __future__ import annotations
@@ -69,13 +71,14 @@ def save_checkpoint(
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
-    newest, previous = _previous_files(folder)
+    replaced = [path for path in _complete(folder) if path != final][keep - 1 :]
+    previous = _files_of(replaced)
     files: dict[str, dict[str, Any]] = {}
     for index, states in _changed_chunks(tuner):
         name = f"chunk-{index:05d}.safetensors"
-        known = previous.get(name)
-        if newest is not None and known is not None and known["last_update"] == states.last_update:
-            os.link(newest / name, temporary / name)
+        known, where = previous.get(name, ({}, folder))
+        if known.get("last_update") == states.last_update:
+            _link(where / name, temporary / name)
             files[name] = known
         else:
             save_file(_chunk_tensors(tuner, index, states), temporary / name)
@@ -98,7 +101,7 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     sync_path(folder)
-    for old in _complete(folder)[keep:]:
+    for old in replaced:
         shutil.rmtree(old)
     size_bytes = sum(int(entry["size_bytes"]) for entry in files.values())
     return SavedCheckpoint(tuner.num_updates, final, size_bytes, sha256_file(final / _MANIFEST))
@@ -142,14 +145,26 @@ def _changed_chunks(tuner: ChunkFT) -> list[tuple[int, ChunkStates]]:
     return sorted(chunks.items())
 
 
-def _previous_files(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest readable checkpoint and the files of its manifest."""
-    for candidate in _complete(folder):
+def _files_of(checkpoints: list[Path]) -> dict[str, tuple[dict[str, Any], Path]]:
+    """Entry and folder of each file of the checkpoints, newest first, that can be read."""
+    found: dict[str, tuple[dict[str, Any], Path]] = {}
+    for path in checkpoints:
         try:
-            return candidate, _read_manifest(candidate)["files"]
+            files = _read_manifest(path)["files"]
         except CheckpointError:
             continue
-    return None, {}
+        for name, entry in files.items():
+            found.setdefault(name, (entry, path))
+    return found
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_path(target)
 
 
 def _complete(folder: Path) -> list[Path]:

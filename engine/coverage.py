@@ -27,12 +27,12 @@ def _digest(parameter: Tensor) -> int:
 
 
 def parameter_digests(model: nn.Module) -> dict[str, int]:
-    """Digest of every unique parameter by name."""
-    return {name: _digest(parameter) for name, parameter in model.named_parameters()}
+    """Digest of every unique parameter that can be trained, by name: frozen ones, under adapters, are left out."""
+    return {name: _digest(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def updated_share(model: nn.Module, before: dict[str, int]) -> tuple[int, list[str]]:
     """Number of tensors that differ from ``before``, and the names of those that do not."""
-    after = parameter_digests(model)
-    unchanged = [name for name, digest in before.items() if after[name] == digest]
+    now = dict(model.named_parameters())
+    unchanged = [name for name, digest in before.items() if _digest(now[name]) == digest]
     return len(before) - len(unchanged), unchanged

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.files import sha256_file, sync_path
+from engine.lora import save_adapters
 
 _MEBIBYTE = 1 << 20
+_MAX_LOSSES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,7 @@ class ModelCard:
     base_model: str
     """Name of the model that was fine-tuned."""
     method: str
-    """``chunkft`` or ``full``."""
+    """``chunkft``, ``full`` or ``lora``."""
     schedule: Mapping[str, object]
     """The chunk schedule, option by option."""
     hyper_parameters: Mapping[str, object]
@@ -40,26 +43,50 @@ class ModelCard:
     loss_after: float | None
     license: str = "other"
     """SPDX-like id in lower case, as the base model's card gives it."""
+    is_adapter: bool = False
+    """The folder holds an adapter of the base model, not a model."""
+    adapter: Mapping[str, object] = field(default_factory=dict)
+    """Rank and so on, with method ``lora``."""
+    dataset_name: str | None = None
+    """Name of the data file, without its folder."""
+    num_trainable_parameters: int | None = None
+    """Default: all."""
+    predicted_peak_bytes: int | None = None
+    """What the job's plan said of the highest allocated memory."""
+    held_out_losses: Sequence[tuple[int, float]] = ()
+    """(update, held-out loss after it)."""
+    training_losses: Sequence[tuple[int, float]] = ()
+    """(last update of a span, mean training loss in the span)."""
 
     def render(self) -> str:
         """Markdown with the front matter that model hubs read."""
         front = {
             "license": self.license,
             "base_model": self.base_model,
-            "library_name": "transformers",
+            "library_name": "peft" if self.is_adapter else "transformers",
             "pipeline_tag": "text-generation",
             "tags": ["chunkplan", self.method],
         }
+        trainable = self.num_trainable_parameters
         facts = {
             "base model": self.base_model,
             "method": self.method,
             "parameters": f"{self.num_parameters:,}",
+            "trained parameters": f"{self.num_parameters if trainable is None else trainable:,}",
+            "data file": self.dataset_name,
             "training rows": f"{self.num_train_rows:,}",
             "dataset (SHA-256)": f"`{self.dataset_sha256}`",
             "held-out loss before": _number(self.loss_before),
             "held-out loss after": _number(self.loss_after),
-            "measured peak memory": f"{self.peak_allocated_bytes / _MEBIBYTE:,.1f} MiB allocated",
+            "measured peak memory": _allocated(self.peak_allocated_bytes),
+            "predicted peak memory": _allocated(self.predicted_peak_bytes),
         }
+        if self.is_adapter:
+            what = f"A LoRA adapter of {self.base_model}, trained with chunkplan."
+        elif self.adapter:
+            what = f"{self.base_model} with a LoRA adapter merged into its weights, trained with chunkplan."
+        else:
+            what = f"All parameters of {self.base_model}, fine-tuned with chunkplan."
         return "\n".join(
             [
                 "---",
@@ -67,11 +94,15 @@ class ModelCard:
                 "---",
                 f"# {self.name}",
                 "",
-                f"All parameters of {self.base_model}, fine-tuned with chunkplan.",
+                what,
                 "",
                 *_table("", facts),
+                *_losses("Held-out loss", "after update", _thinned(self.held_out_losses)),
+                *_losses("Training loss", "mean up to update", self.training_losses),
                 *_table("Schedule", self.schedule),
+                *_table("Adapter", self.adapter),
                 *_table("Hyper-parameters", self.hyper_parameters),
+                *_table("Versions", _versions()),
             ]
         )
 
@@ -87,7 +118,11 @@ class ExportedFile:
 
 
 def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: ModelCard
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: ModelCard,
+    adapter_base: str | None = None,
 ) -> list[ExportedFile]:
     """Write ``folder`` so that it is complete or absent: under a temporary name, synced, then renamed.
 
@@ -96,6 +131,7 @@ def export_model(
         tokenizer: goes with it, chat template included.
         folder: replaced if it exists.
         card: becomes README.md.
+        adapter_base: write the model's adapters only, for the base model of this name.
 
     Returns:
         The files, sorted by name.
@@ -103,8 +139,11 @@ def export_model(
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with _exportable(model):
-        model.save_pretrained(temporary)
+    if adapter_base is not None:
+        save_adapters(model, temporary, adapter_base)
+    else:
+        with _exportable(model):
+            model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card.render(), encoding="utf-8")
     for path in _files(temporary):
@@ -181,7 +220,35 @@ def _files(folder: Path) -> list[Path]:
 
 def _table(title: str, values: Mapping[str, object]) -> list[str]:
     rows = [f"| {key} | {value} |" for key, value in values.items() if value is not None]
-    return [*([f"## {title}", ""] if title else []), "| | |", "|---|---|", *rows, ""]
+    return [*([f"## {title}", ""] if title else []), "| | |", "|---|---|", *rows, ""] if rows else []
+
+
+def _losses(title: str, when: str, losses: Sequence[tuple[int, float]]) -> list[str]:
+    rows = [f"| {update:,} | {loss:.4f} |" for update, loss in losses]
+    return [f"## {title}", "", f"| {when} | loss |", "|---:|---:|", *rows, ""] if rows else []
+
+
+def _thinned(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most :data:`_MAX_LOSSES` of them, evenly, with the first and the last."""
+    last = len(losses) - 1
+    if last < _MAX_LOSSES:
+        return list(losses)
+    return [losses[round(i * last / (_MAX_LOSSES - 1))] for i in range(_MAX_LOSSES)]
+
+
+def _versions() -> dict[str, str]:
+    """Of what trained the model; what is not installed as a package is left out."""
+    found = {}
+    for name in ("chunkplan", "torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _allocated(size_bytes: int | None) -> str | None:
+    return None if size_bytes is None else f"{size_bytes / _MEBIBYTE:,.1f} MiB allocated"
 
 
 def _number(value: float | None) -> str | None:

@@ -10,6 +10,7 @@ bf16 weights are updated in fp32; ``master`` says what becomes of the bits that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,10 +52,14 @@ class ChunkOptimizer:
     Args:
         config: what to do.
         lane: where states travel; default: what suits the weights' device.
+        rate_factor: a parameter's learning rate over the one of the update, by its name.
     """
 
-    def __init__(self, config: OptimizerConfig, lane: Lane | None = None) -> None:
+    def __init__(
+        self, config: OptimizerConfig, lane: Lane | None = None, rate_factor: Callable[[str], float] | None = None
+    ) -> None:
         self.config = config
+        self._rate_factor = rate_factor or (lambda _: 1.0)
         self.chunks: dict[int, ChunkStates] = {}
         self._lane = lane
         self._visit: Visit | None = None
@@ -117,7 +122,8 @@ class ChunkOptimizer:
             return
         assert self._visit is not None
         own = passage or self.passage([(ordinal, piece)])
-        _SliceUpdate(self, ordinal, piece, gradient, own, self._visit, self._learning_rate).run()
+        rate = self._learning_rate * self._rate_factor(piece.name)
+        _SliceUpdate(self, ordinal, piece, gradient, own, self._visit, rate).run()
         if passage is None:
             own.close()
         del gradient

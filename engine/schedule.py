@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.spec import Order
+from engine.spec import JobTraining, Order, ScheduleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +56,58 @@ class Schedule:
 
 
 def rate_factor(
-    kind: Literal["constant", "linear", "cosine"], cycle: int, num_cycles: int, warmup_ratio: float = 0.0
+    kind: Literal["constant", "linear", "cosine"], position: int, length: int, warmup_ratio: float = 0.0
 ) -> float:
-    """Learning-rate factor in (0, 1] of a cycle, so that every chunk sees the same rates.
+    """Learning-rate factor in (0, 1] at a position, from 0, in a schedule of ``length``: cycles, or updates.
 
-    The first ``warmup_ratio`` of the cycles rise linearly; the rest stay (constant), fall linearly, or fall along a
-    half cosine, in such steps that one more cycle would be at zero: the last update is always at the schedule's end.
+    The first ``warmup_ratio`` of them rise linearly; the rest stay (constant), fall linearly, or fall along a half
+    cosine, in such steps that one more would be at zero: the last update is always at the schedule's end.
     """
-    warmup = math.floor(warmup_ratio * num_cycles)
-    if cycle < warmup:
-        return (cycle + 1) / (warmup + 1)
-    progress = min((cycle - warmup) / max(num_cycles - warmup, 1), 1.0)
+    warmup = math.floor(warmup_ratio * length)
+    if position < warmup:
+        return (position + 1) / (warmup + 1)
+    progress = min((position - warmup) / max(length - warmup, 1), 1.0)
     if kind == "linear":
         return 1.0 - progress
     if kind == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     return 1.0
+
+
+def learning_rate(training: JobTraining, update: int, num_updates: int) -> float:
+    """Learning rate of an update, from 0, of a run of ``num_updates``.
+
+    By cycle, every chunk sees the same rates, and a last cycle that is cut short counts as one.
+    """
+    schedule = training.schedule
+    by_cycle = training.lr_schedule_by == "cycle" and schedule != "auto"
+    length = schedule.num_chunks * schedule.switch_every if by_cycle and schedule != "auto" else 1
+    factor = rate_factor(training.lr_schedule, update // length, math.ceil(num_updates / length), training.warmup_ratio)
+    return training.learning_rate * factor
+
+
+HANDFUL = 5
+"""Updates of a parameter below which a run hardly trains it."""
+
+
+def few_updates_warning(schedule: ScheduleSpec, num_updates: int) -> str | None:
+    """One sentence when a run updates each parameter fewer than :data:`HANDFUL` times; None when it does not.
+
+    Without expansion a parameter takes a step once in ``num_chunks`` updates. With it, a parameter also takes part in
+    the visits of every chunk below its own: (``num_chunks`` + 1) / 2 of a cycle's on average.
+    """
+    num_chunks = schedule.num_chunks
+    expands = schedule.expansion != "none"
+    times = num_updates * (num_chunks + 1) / 2 / num_chunks if expands else num_updates / num_chunks
+    if num_chunks == 1 or times >= HANDFUL:
+        return None
+    needed = math.ceil(HANDFUL * num_updates / times)
+    fixes = [f"at least {needed} updates"]
+    if not expands:
+        if num_updates >= 2 * HANDFUL:
+            fixes.append(f"at most {num_updates // HANDFUL} chunks")
+        fixes.append("expansion 'factored'")
+    return (
+        f"{num_updates} updates over {num_chunks} chunks change each parameter only about {times:.2g} times, "
+        f"which hardly trains it: use {', '.join(fixes[:-1])}{' or ' if len(fixes) > 1 else ''}{fixes[-1]}"
+    )

@@ -94,10 +94,24 @@ class CheckpointedLayers(SpecModel):
     layers: list[Annotated[int, Field(ge=0)]]
 
 
+class LoraSpec(SpecModel):
+    """Low-rank adapters (arXiv 2106.09685): y = W x + alpha / rank · B A x, where only A and B are trained, in fp32."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' input."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=1000)] = "all-linear"
+    """``all-linear``: every linear layer but the head; or names of modules, such as ``q_proj``."""
+    lr_ratio: Annotated[float, Field(gt=0, le=1e4)] = 1.0
+    """B's learning rate over A's (LoRA+, arXiv 2402.12354, which advises about 16); 1 is plain LoRA."""
+
+
 class TrainingSpec(SpecModel):
     """Everything about a training step that decides its memory and its time."""
 
-    method: Literal["chunkft", "full"] = "chunkft"
+    method: Literal["chunkft", "full", "lora"] = "chunkft"
+    """``full`` and ``lora`` are the schedule with one chunk: of all parameters, or of adapters on frozen weights."""
     seq_len: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
@@ -114,6 +128,8 @@ class TrainingSpec(SpecModel):
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
     update_in_backward: bool = False
     """Update each slice as soon as its gradient is complete, and free it: a chunk's gradients never exist together."""
+    lora: LoraSpec | None = None
+    """Of method ``lora``, which takes the defaults where nothing is given."""
 
     @model_validator(mode="after")
     def _expansion_has_no_residuals(self) -> TrainingSpec:
@@ -152,13 +168,34 @@ class TrainingSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
-    def _full_is_one_chunk(self) -> TrainingSpec:
-        if self.method == "full" and self.schedule != "auto" and self.schedule.num_chunks != 1:
-            # `full` is the schedule with one chunk: an explicit other count contradicts the method.
+    def _one_chunk(self) -> TrainingSpec:
+        if self.method != "chunkft" and self.schedule != "auto" and self.schedule.num_chunks != 1:
+            # These methods are the schedule with one chunk: an explicit other count contradicts the method.
             if "schedule" in self.model_fields_set and "num_chunks" in self.schedule.model_fields_set:
-                raise ValueError("method 'full' is the schedule with num_chunks 1; use method 'chunkft' for more")
+                raise ValueError(
+                    f"method '{self.method}' is the schedule with num_chunks 1; use method 'chunkft' for more"
+                )
             object.__setattr__(self, "schedule", self.schedule.model_copy(update={"num_chunks": 1}))
         return self
+
+    @model_validator(mode="after")
+    def _adapters_belong_to_lora(self) -> TrainingSpec:
+        if self.method != "lora":
+            if self.lora is not None:
+                raise ValueError(f"lora is given, but the method is '{self.method}': use method 'lora'")
+            return self
+        if self.lora is None:
+            object.__setattr__(self, "lora", LoraSpec())
+        if self.schedule != "auto" and self.schedule.master is not Master.NONE:
+            raise ValueError("adapters are fp32, their own master: use schedule.master 'none' with method 'lora'")
+        if self.schedule != "auto" and self.schedule.expansion != "none":
+            raise ValueError("method 'lora' trains nothing above its one chunk: use schedule.expansion 'none'")
+        return self
+
+    @property
+    def trained_precision(self) -> Precision:
+        """Data type of what is trained: the weights, or adapters."""
+        return Precision.FP32 if self.method == "lora" else self.precision
 
 
 def resolved_state_dtype(optimizer: Optimizer, asked: StateDtype | None) -> StateDtype:
@@ -190,7 +227,10 @@ class JobTraining(TrainingSpec):
     expansion_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
     """Of parameters outside the active chunk, with ``expansion: factored``; default a third of ``learning_rate``."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    lr_schedule_by: Literal["cycle", "update"] = "cycle"
+    """``cycle``: every chunk sees the same rates; ``update``: the rate changes with every update."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the cycles, or updates, in which the rate rises."""
     weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer updates; exactly one of ``max_steps`` and ``epochs``; default one epoch."""
@@ -200,6 +240,8 @@ class JobTraining(TrainingSpec):
     """Updates between evaluations; the start and the end are always evaluated when there is held-out data."""
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     """Updates between checkpoints; default one cycle."""
+    checkpoints_to_keep: Annotated[int, Field(ge=1, le=1000)] = 2
+    """The newest ones, while the job runs; when it has succeeded, the exported model is what stays."""
 
     @model_validator(mode="after")
     def _one_length(self) -> JobTraining:
@@ -243,7 +285,9 @@ class OutputSpec(SpecModel):
     """What the job leaves behind."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
-    """Folder name of the exported model; default is the job's name."""
+    """Folder name of the exported model; default: base, size, method, data and the next free number."""
+    merge: bool = False
+    """With method ``lora``: export the model with the adapters added to its weights, not the adapters."""
 
 
 class JobRequest(SpecModel):
@@ -259,6 +303,12 @@ class JobRequest(SpecModel):
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     plan_id: str | None = None
 
+    @model_validator(mode="after")
+    def _adapters_are_merged(self) -> JobRequest:
+        if self.output.merge and self.training.method != "lora":
+            raise ValueError("output.merge adds adapters to the weights: only for training.method 'lora'")
+        return self
+
 
 class RunSpec(SpecModel):
     """One resolved job as the engine runs it (the worker's job.json): local paths, a fixed schedule, a device."""
@@ -267,12 +317,17 @@ class RunSpec(SpecModel):
     name: str
     model_path: str
     model_name: str = ""
-    """For the model card; default: the folder's name."""
+    """For the model card and adapters: a Hugging Face name where there is one; default: the folder's name."""
     dataset_path: str
+    dataset_name: str = ""
+    """For the model card; default: the file's name."""
     dataset_format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     training: JobTraining
     output_name: str
+    merge: bool = False
+    predicted_peak_bytes: int | None = None
+    """Allocated bytes at the peak as planned; for the model card."""
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
 

@@ -9,10 +9,15 @@ from engine.chunks import partition as partition_parameters
 
 
 class ParameterStream:
-    """The model's unique parameters (tied weights once) in ``named_parameters()`` order, as one sequence of bytes."""
+    """The model's unique parameters (tied weights once) in ``named_parameters()`` order, as one sequence of bytes.
 
-    def __init__(self, model: nn.Module) -> None:
-        named = list(model.named_parameters())
+    Args:
+        model: any module.
+        only_trainable: leave out the parameters that require no gradient now: base weights under adapters.
+    """
+
+    def __init__(self, model: nn.Module, *, only_trainable: bool = False) -> None:
+        named = [item for item in model.named_parameters() if item[1].requires_grad or not only_trainable]
         self.names: list[str] = [name for name, _ in named]
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in named]
         self.infos: list[ParameterInfo] = [

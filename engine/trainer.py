@@ -19,11 +19,13 @@ from torch import Tensor
 from engine.checkpoint import resume, save_checkpoint
 from engine.coverage import parameter_digests, updated_share
 from engine.data import Batches, DatasetSplits, Example, collate, load_dataset
+from engine.divergence import MARGIN, PATIENCE, LossWatch
 from engine.export import ModelCard, base_license, export_model
 from engine.files import sha256_text
+from engine.lora import add_adapters, merge_adapters
 from engine.models import check_model_folder, load_model, load_tokenizer, pad_token_id
 from engine.profiler import Sample, profiler_for, trim_host_memory
-from engine.schedule import rate_factor
+from engine.schedule import few_updates_warning, learning_rate
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
 from engine.store import remove_store
@@ -33,8 +35,12 @@ from engine.tuner import ChunkFT
 Report = Callable[..., None]
 
 
+_NUM_LOSS_SPANS = 10
+"""Rows of the training losses in the model card."""
+
+
 class Diverged(RuntimeError):
-    """The loss or its gradient is no longer a finite number."""
+    """The loss or its gradient is no longer a finite number, or the loss has exploded."""
 
 
 @dataclass(slots=True)
@@ -64,6 +70,7 @@ class Trainer:
         self.report = report
         self.stop_requested = stop_requested
         self.evaluations: list[Evaluation] = []
+        self.loss_sums = [(0.0, 0)] * _NUM_LOSS_SPANS
         self.peak_allocated_bytes = 0
         self.first_step = 0
         self.training_seconds = 0.0
@@ -73,24 +80,23 @@ class Trainer:
 
         Raises:
             InputError: model or data cannot be used.
-            Diverged: the loss or the gradient's norm is not finite.
+            Diverged: the loss or the gradient's norm is not finite, or the loss has exploded.
         """
         self._load()
         resumed_step = self._resume()
         self._report_started(resumed_step)
-        if resumed_step == 0:
-            self._evaluate(0)
+        self._evaluate_if_due()
         while self.tuner.num_updates < self.total_steps:
             self._update()
             step = self.tuner.num_updates
             stopping = self.stop_requested() and step < self.total_steps
+            if not stopping:
+                self._evaluate_if_due()
             if stopping or (step % self._checkpoint_every == 0 and step < self.total_steps):
                 self._save()
             if stopping:
                 self.report("finished", step=step, reason="stopped")
                 return "stopped"
-            if self.training.eval_every and step % self.training.eval_every == 0 and step < self.total_steps:
-                self._evaluate(step)
         self.tuner.close()
         self._evaluate(self.total_steps)
         self._report_coverage()
@@ -123,6 +129,9 @@ class Trainer:
         self.profiler = profiler_for(run.device)
         with self.profiler.step(), self.profiler.phase("load"):
             self.model = load_model(run.model_path, training.precision, training.attention, run.device)
+            if training.lora is not None:
+                add_adapters(self.model, training.lora)
+        self.loss_watch = LossWatch(self.model.config.get_text_config().vocab_size)
         self.load_samples = self.profiler.samples
         self.prepare_batch = BatchPreparation(self.model, self.tokenizer, training.seq_len, training.seed)
         trim_host_memory()
@@ -146,14 +155,10 @@ class Trainer:
         return self._learning_rate(update) / self.training.learning_rate * base
 
     def _learning_rate(self, update: int) -> float:
-        cycle_length = self.schedule.num_chunks * self.schedule.switch_every
-        num_cycles = math.ceil(self.total_steps / cycle_length)
-        training = self.training
-        factor = rate_factor(training.lr_schedule, update // cycle_length, num_cycles, training.warmup_ratio)
-        return training.learning_rate * factor
+        return learning_rate(self.training, update, self.total_steps)
 
     def _fingerprint(self) -> str:
-        spec = self.training.model_dump_json(exclude={"checkpoint_every", "eval_every"})
+        spec = self.training.model_dump_json(exclude={"checkpoint_every", "checkpoints_to_keep", "eval_every"})
         shapes = repr([(info.name, info.shape) for info in self.tuner.stream.infos])
         return sha256_text("\n".join([spec, shapes, self.splits.stats.sha256]))
 
@@ -161,8 +166,12 @@ class Trainer:
         resumed = resume(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
         for sentence in resumed.passed_over:
             self.report("warning", detail=f"checkpoint passed over: {sentence}")
-        self.evaluations = [Evaluation(*pair) for pair in resumed.notes.get("evaluations", [])]
-        self.peak_allocated_bytes = resumed.notes.get("peak_allocated_bytes", 0)
+        if resumed.step:
+            notes = resumed.notes
+            self.evaluations = [Evaluation(*pair) for pair in notes["evaluations"]]
+            self.peak_allocated_bytes = notes["peak_allocated_bytes"]
+            self.loss_watch.restore(notes["loss_watch"])
+            self.loss_sums = [(total, count) for total, count in notes["loss_sums"]]
         self.first_step = resumed.step
         return resumed.step
 
@@ -178,11 +187,11 @@ class Trainer:
             loss = 0.0
             for i, batch in enumerate(micro_batches, start=1):
                 loss += float(tuner.backward(batch, denominator, is_last=i == len(micro_batches)))
-            if not math.isfinite(loss):
-                raise Diverged(f"loss is {loss} at update {tuner.num_updates + 1}, chunk {visit.chunk_index}")
+            self._check_loss(loss)
             norm = tuner.step()
             if norm is not None and not math.isfinite(norm):
-                raise Diverged(f"gradient norm is {norm} at update {tuner.num_updates}, chunk {visit.chunk_index}")
+                place = f"update {tuner.num_updates}, chunk {visit.chunk_index}"
+                raise Diverged(f"gradient norm is {norm} at {place}; {self._advice()}")
             num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
             del micro_batches
         trim_host_memory()
@@ -190,6 +199,23 @@ class Trainer:
         self.training_seconds += seconds
         samples, self.load_samples = [*self.load_samples, *self.profiler.samples], []
         self._report_step(visit.chunk_index, visit.cycle, loss, rate, norm, num_tokens, seconds, samples)
+
+    def _check_loss(self, loss: float) -> None:
+        update = self.tuner.num_updates + 1
+        if not math.isfinite(loss):
+            raise Diverged(f"loss is {loss} at update {update}, chunk {self.tuner.visit.chunk_index}; {self._advice()}")
+        if self.loss_watch.add(loss):
+            raise Diverged(
+                f"loss is {loss:.2f} at update {update} and has been more than {MARGIN:g} above the beginning's "
+                f"{self.loss_watch.beginning:.2f} for {PATIENCE} updates in a row; {self._advice()}"
+            )
+        span = (update - 1) * _NUM_LOSS_SPANS // self.total_steps
+        total, count = self.loss_sums[span]
+        self.loss_sums[span] = (total + loss, count + 1)
+
+    def _advice(self) -> str:
+        rate = self.training.learning_rate
+        return f"lower training.learning_rate from {rate:g}, for example to {rate / 10:g}"
 
     def _micro_batches(self, update: int) -> list[dict[str, Tensor]]:
         count = self.training.gradient_accumulation_steps
@@ -202,6 +228,13 @@ class Trainer:
         batch = self.prepare_batch(collated, [len(example.input_ids) for example in examples], index)
         return {name: tensor.to(self.run.device) for name, tensor in batch.items()}
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate before training and every so often; on resume, what a stop had left out."""
+        step, every = self.tuner.num_updates, self.training.eval_every
+        is_done = bool(self.evaluations) and self.evaluations[-1].step == step
+        if not is_done and step < self.total_steps and (step == 0 or (every and step % every == 0)):
+            self._evaluate(step)
+
     def _evaluate(self, step: int) -> None:
         held_out = self.splits.evaluation
         if not held_out:
@@ -210,7 +243,9 @@ class Trainer:
         batches = (self._tensors(held_out[i : i + size], -1 - i) for i in range(0, len(held_out), size))
         loss, num_tokens = evaluate(self.model, batches, self.tuner.options)
         if not math.isfinite(loss):
-            raise Diverged(f"held-out loss is {loss} after update {step}")
+            raise Diverged(f"held-out loss is {loss} after update {step}; {self._advice()}")
+        if step == 0:
+            self.loss_watch.begin(loss, num_tokens)
         self.evaluations.append(Evaluation(step, loss))
         perplexity = math.exp(min(loss, 700.0))
         self.report("eval", step=step, loss=loss, perplexity=perplexity, num_tokens=num_tokens)
@@ -219,8 +254,11 @@ class Trainer:
         notes = {
             "evaluations": [[evaluation.step, evaluation.loss] for evaluation in self.evaluations],
             "peak_allocated_bytes": self.peak_allocated_bytes,
+            "loss_watch": self.loss_watch.state(),
+            "loss_sums": self.loss_sums,
         }
-        saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint(), notes)
+        keep = self.training.checkpoints_to_keep
+        saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint(), notes, keep)
         path = saved.path.relative_to(self.run_dir)
         self.report("checkpoint", step=saved.step, path=str(path), size_bytes=saved.size_bytes, sha256=saved.sha256)
 
@@ -229,12 +267,19 @@ class Trainer:
             "started",
             pid=os.getpid(),
             device=self.run.device,
-            num_parameters=self.tuner.stream.num_parameters,
+            num_parameters=self._num_parameters(),
+            num_trainable_parameters=self.tuner.stream.num_parameters,
             num_chunks=self.schedule.num_chunks,
             total_steps=self.total_steps,
             resumed_step=resumed_step,
             dataset=asdict(self.splits.stats),
         )
+        warning = few_updates_warning(self.schedule, self.total_steps)
+        if warning is not None and resumed_step == 0:
+            self.report("warning", detail=warning)
+
+    def _num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def _report_step(
         self, chunk_index: int, visit: int, loss: float, rate: float, norm: float | None, num_tokens: int,
@@ -265,23 +310,40 @@ class Trainer:
 
     def _export(self) -> None:
         folder = self.run_dir / "artifacts" / self.run.output_name
-        for file in export_model(self.model, self.tokenizer, folder, self._card()):
+        card, adapter_base = self._card(), None
+        if self.training.lora is not None and self.run.merge:
+            merge_adapters(self.model)
+        elif self.training.lora is not None:
+            adapter_base = card.base_model
+        for file in export_model(self.model, self.tokenizer, folder, card, adapter_base):
             path = (folder / file.name).relative_to(self.run_dir)
             self.report("artifact", name=file.name, path=str(path), size_bytes=file.size_bytes, sha256=file.sha256)
 
     def _card(self) -> ModelCard:
-        stats = self.splits.stats
+        run, stats = self.run, self.splits.stats
         return ModelCard(
-            name=self.run.output_name,
-            base_model=self.run.model_name or Path(self.run.model_path).name,
+            name=run.output_name,
+            base_model=run.model_name or Path(run.model_path).name,
             method=self.training.method,
+            is_adapter=self.training.lora is not None and not run.merge,
             schedule=self.schedule.model_dump(mode="json"),
-            hyper_parameters=self.training.model_dump(mode="json", exclude={"schedule", "method"}),
+            hyper_parameters=self.training.model_dump(mode="json", exclude={"schedule", "method", "lora"}),
+            adapter=self.training.lora.model_dump(mode="json") if self.training.lora is not None else {},
+            dataset_name=run.dataset_name or Path(run.dataset_path).name,
             dataset_sha256=stats.sha256,
             num_train_rows=stats.num_train_rows,
-            num_parameters=self.tuner.stream.num_parameters,
+            num_parameters=self._num_parameters(),
+            num_trainable_parameters=self.tuner.stream.num_parameters,
             peak_allocated_bytes=self.peak_allocated_bytes,
+            predicted_peak_bytes=run.predicted_peak_bytes,
             loss_before=self.evaluations[0].loss if self.evaluations else None,
             loss_after=self.evaluations[-1].loss if self.evaluations else None,
-            license=base_license(Path(self.run.model_path)),
+            held_out_losses=[(evaluation.step, evaluation.loss) for evaluation in self.evaluations],
+            training_losses=self._training_losses(),
+            license=base_license(Path(run.model_path)),
         )
+
+    def _training_losses(self) -> list[tuple[int, float]]:
+        """Mean loss of each tenth of the run, by its last update."""
+        ends = [-(-(span + 1) * self.total_steps // _NUM_LOSS_SPANS) for span in range(_NUM_LOSS_SPANS)]
+        return [(end, total / count) for end, (total, count) in zip(ends, self.loss_sums, strict=True) if count]

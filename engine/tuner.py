@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal, Self
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from engine.errors import InputError
 from engine.expansion import Expansion
 from engine.gradients import Activation, ActiveSlice
+from engine.lora import adapter_rate_factor
 from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rules import DEFAULT_BETAS
 from engine.schedule import Schedule, Visit
@@ -58,6 +60,8 @@ class ChunkFT:
         packing: rows share sequences, told apart by a batch's ``position_ids``, which start from 0 at every row.
         expansion: ``factored``: parameters above the active chunk take a step too, see :mod:`engine.expansion`.
         expansion_lr: their learning rate, like ``lr``; default a third of it.
+        parameters: ``all``, or only those that are ``trainable`` when the tuner is made; the others stay frozen.
+        rate_factor: a parameter's learning rate over ``lr``, by its name.
         observer: is told the phases of each step.
 
     Raises:
@@ -87,6 +91,8 @@ class ChunkFT:
         packing: bool = False,
         expansion: Literal["none", "factored"] = "none",
         expansion_lr: float | Callable[[int], float] | None = None,
+        parameters: Literal["all", "trainable"] = "all",
+        rate_factor: Callable[[str], float] | None = None,
         seed: int = 0,
         observer: Observer | None = None,
     ) -> None:
@@ -100,7 +106,7 @@ class ChunkFT:
             check_packing(model, self.options)
         self.model = model
         self.task = task_of(model)
-        self.stream = ParameterStream(model)
+        self.stream = ParameterStream(model, only_trainable=parameters == "trainable")
         self.chunks = self.stream.partition(num_chunks)
         self.schedule = Schedule(num_chunks, Order(order), switch_every, seed)
         rule = Optimizer(optimizer)
@@ -117,7 +123,8 @@ class ChunkFT:
                 state_dtype=resolved_state_dtype(rule, StateDtype(state_dtype) if state_dtype else None),
                 master=Master(master),
                 seed=seed,
-            )
+            ),
+            rate_factor=rate_factor,
         )
         self.num_updates = 0
         # Rates must not refer to the tuner: a cycle would keep its states alive until the collector comes by.
@@ -144,7 +151,7 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> Self:
-        """What a training spec with a fixed schedule asks for."""
+        """What a training spec with a fixed schedule asks for; for method ``lora``, of a model with adapters."""
         schedule = training.schedule
         assert schedule != "auto", "the planner resolves 'auto' before anything runs"
         return cls(
@@ -165,6 +172,8 @@ class ChunkFT:
             packing=training.packing,
             expansion=schedule.expansion,
             expansion_lr=expansion_lr,
+            parameters="all" if training.lora is None else "trainable",
+            rate_factor=None if training.lora is None else partial(adapter_rate_factor, training.lora),
             seed=seed,
             observer=observer,
         )

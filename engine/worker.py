@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -80,10 +81,12 @@ def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Call
     """Train; turn what can go wrong into one ``failed`` event. Returns the exit code."""
     try:
         run = parse(RunSpec, (run_dir / "job.json").read_text())
+        from engine.tensorboard import TensorBoard
         from engine.trainer import Trainer
 
         report("loading")
-        outcome = Trainer(run, run_dir, report, stop_requested).train()
+        with closing(TensorBoard(run_dir / "tensorboard", report)) as board:
+            outcome = Trainer(run, run_dir, board, stop_requested).train()
     except InputError as error:
         report("failed", reason="input", field=error.field, detail=error.message)
         raise

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import ChunkFT
-from engine.checkpoint import CheckpointError, resume, save_checkpoint
+from engine.checkpoint import CheckpointError, _digest, resume, save_checkpoint
 from tests.engine.families import tiny_batch, tiny_model
 
 OPTIONS = {"num_chunks": 4, "lr": 1e-3, "weight_decay": 0.01}
@@ -103,28 +103,64 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, file, dam
 
 def test_only_chunks_that_changed_are_written_again(tmp_path):
     tuner = new_tuner()
-    advance(tuner, 4)
-    first = save_checkpoint(tuner, tmp_path, "same", {})
-    advance(tuner, 1)
-    second = save_checkpoint(tuner, tmp_path, "same", {})
-    names = [f"chunk-{index:05d}.safetensors" for index in range(4)]
-    shared = [name for name in names if (first.path / name).samefile(second.path / name)]
-    assert shared == names[:3]
-    assert second.size_bytes == sum((second.path / name).stat().st_size for name in names)
+    inodes, names = {}, [f"chunk-{index:05d}.safetensors" for index in range(4)]
+    for step in (4, 5, 6):
+        advance(tuner, step - tuner.num_updates)
+        saved = save_checkpoint(tuner, tmp_path, "same", {}, keep=2)
+        inodes[step] = [(saved.path / name).stat().st_ino for name in names]
+        assert saved.size_bytes == sum((saved.path / name).stat().st_size for name in names)
+    # Updates 5 and 6 changed chunks 3 and 2; the others are the files of the checkpoint that was removed.
+    assert [new == old for new, old in zip(inodes[6], inodes[4], strict=True)] == [True, True, False, False]
+    expected = final_weights(tuner)
+    again = new_tuner()
+    assert resume(again, tmp_path, "same").step == 6
+    actual = final_weights(again)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_file_that_two_checkpoints_share_damages_both_and_both_are_said(tmp_path):
-    saved_run(tmp_path, at=(4, 5), last=5)
-    flip_a_bit(tmp_path / "step-00000005" / "chunk-00000.safetensors")
-    resumed = resume(new_tuner(), tmp_path, "same")
-    assert resumed.step == 0
-    assert [sentence.split(":")[0] for sentence in resumed.passed_over] == ["step-00000005", "step-00000004"]
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_no_two_checkpoints_share_a_file_so_damage_hits_one(tmp_path, keep):
+    tuner = new_tuner()
+    for _ in range(8):
+        advance(tuner, 1)
+        save_checkpoint(tuner, tmp_path, "same", {}, keep)
+        assert all(file.stat().st_nlink == 1 for file in tmp_path.glob("step-*/*"))
+    assert len(list(tmp_path.iterdir())) == keep
+    for file in (tmp_path / "step-00000008").iterdir():
+        flip_a_bit(file)
+    assert resume(new_tuner(), tmp_path, "same").step == (0 if keep == 1 else 7)
 
 
-def test_checkpoints_one_cycle_apart_share_nothing(tmp_path):
-    saved_run(tmp_path, at=(4, 8), last=8)
-    for file in (tmp_path / "step-00000004").glob("chunk-*"):
-        assert file.stat().st_nlink == 1
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(95, "Operation not supported", str(target))
+
+    monkeypatch.setattr("os.link", refuse)
+    expected = saved_run(tmp_path, at=(4, 5, 6), last=6)
+    again = new_tuner()
+    assert resume(again, tmp_path, "same").step == 6
+    actual = final_weights(again)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("switch_every", [1, 3])
+def test_a_checkpoint_written_on_a_gpu_resumes_on_the_cpu(tmp_path, switch_every):
+    """Its manifest holds the GPU's random state too; everything goes to where the weights are now."""
+    tuner = new_tuner(switch_every=switch_every)
+    advance(tuner, 7)
+    saved = save_checkpoint(tuner, tmp_path, "same", {})
+    manifest = json.loads((saved.path / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["random_states"]["cuda"] = "00" * 16
+    (saved.path / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+    advance(tuner, 7)
+    again = new_tuner(switch_every=switch_every)
+    assert resume(again, tmp_path, "same").step == 7
+    kept = [block for chunk in again.optimizer.chunks.values() for block in chunk.host.values()]
+    assert {(t.device.type, t.dtype) for block in kept for t in block.named().values()} == {("cpu", torch.float32)}
+    advance(again, 7)
+    actual, expected = final_weights(again), final_weights(tuner)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_older_checkpoints_are_removed_and_chunks_never_updated_are_not_written(tmp_path):

@@ -1,12 +1,14 @@
 """Which chunk is when, and at which rate."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import ChunkFT, InputError
-from engine.schedule import Schedule, rate_factor
-from engine.spec import Order
+from engine.schedule import Schedule, few_updates_warning, learning_rate, rate_factor
+from engine.spec import JobTraining, Order, ScheduleSpec
 from tests.engine.families import tiny_batch, tiny_model
 
 
@@ -52,6 +54,63 @@ def test_rates_rise_then_fall_and_end_one_step_above_zero(kind, num_cycles, warm
         assert rates[-1] == pytest.approx(1 / (num_cycles - warmup))
     if kind != "constant":
         assert rate_factor(kind, num_cycles, num_cycles, warmup_ratio) == pytest.approx(0.0, abs=1e-12)
+
+
+def rates(num_updates, **values):
+    training = JobTraining.model_validate(
+        {"learning_rate": 2.0, "schedule": {"num_chunks": 4, "switch_every": 2}, **values}
+    )
+    return [learning_rate(training, update, num_updates) for update in range(num_updates)]
+
+
+def test_by_update_every_schedule_is_its_closed_formula_and_ends_at_the_last_update():
+    n, w = 40, 10
+    by_update = {"lr_schedule_by": "update"}
+    assert rates(n, lr_schedule="constant", **by_update) == [2.0] * n
+    assert rates(n, lr_schedule="linear", **by_update) == pytest.approx([2 * (n - i) / n for i in range(n)])
+    cosine = [1 + math.cos(math.pi * i / n) for i in range(n)]
+    assert rates(n, lr_schedule="cosine", **by_update) == pytest.approx(cosine)
+    rise = [2 * (i + 1) / (w + 1) for i in range(w)]
+    warm = {"warmup_ratio": w / n, **by_update}
+    assert rates(n, lr_schedule="constant", **warm) == pytest.approx(rise + [2.0] * (n - w))
+    assert rates(n, lr_schedule="linear", **warm) == pytest.approx(rise + [2 * (n - i) / (n - w) for i in range(w, n)])
+    assert rates(n, lr_schedule="cosine", **warm) == pytest.approx(
+        rise + [1 + math.cos(math.pi * (i - w) / (n - w)) for i in range(w, n)]
+    )
+
+
+@pytest.mark.parametrize("num_updates", [40, 37])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.4])
+def test_by_cycle_every_chunk_sees_the_rates_of_the_cycles_and_the_last_cycle_is_the_end(
+    kind, warmup_ratio, num_updates
+):
+    found = rates(num_updates, lr_schedule=kind, warmup_ratio=warmup_ratio)
+    by_cycle = rates(5, lr_schedule=kind, warmup_ratio=warmup_ratio, lr_schedule_by="update")
+    assert found == [by_cycle[update // 8] for update in range(num_updates)]
+
+
+def test_with_one_chunk_cycles_are_updates():
+    for kind in ("constant", "linear", "cosine"):
+        dense = {"method": "full", "schedule": {}, "lr_schedule": kind, "warmup_ratio": 0.1}
+        assert rates(30, **dense) == rates(30, **dense, lr_schedule_by="update")
+
+
+def test_a_run_that_hardly_updates_each_parameter_is_told_so():
+    warning = few_updates_warning(ScheduleSpec(num_chunks=8, switch_every=2), 16)
+    assert warning == (
+        "16 updates over 8 chunks change each parameter only about 2 times, which hardly trains it: "
+        "use at least 40 updates, at most 3 chunks or expansion 'factored'"
+    )
+    assert few_updates_warning(ScheduleSpec(num_chunks=8), 39) is not None
+    assert few_updates_warning(ScheduleSpec(num_chunks=8), 40) is None
+    assert few_updates_warning(ScheduleSpec(num_chunks=3), 16) is None
+    assert few_updates_warning(ScheduleSpec(num_chunks=1), 1) is None
+    expanded = ScheduleSpec(num_chunks=8, expansion="factored")
+    assert few_updates_warning(expanded, 9) is None  # about (8 + 1) / 2 chunks take part in every update
+    warning = few_updates_warning(expanded, 8)
+    assert warning is not None
+    assert "use at least 9 updates" in warning
 
 
 def test_a_tuner_follows_its_schedule_and_rates():
