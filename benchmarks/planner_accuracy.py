@@ -25,6 +25,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engine import ChunkFT
+from engine.lora import add_adapters
 from engine.models import DTYPES
 from engine.profiler import CpuProfiler
 from engine.spec import TrainingSpec
@@ -122,6 +123,7 @@ def grid() -> Iterator[Case]:
         yield case("llama", precision=precision, activation_checkpointing={"layers": [0, 3]})
         yield case("llama", precision=precision, max_grad_norm=None)
         yield from _packed(precision)
+    yield from lora_grid()
     for states in ("keep", "reset"):
         for switch_every in (2, 3):
             yield case("llama", switch_every=switch_every, states=states)
@@ -133,6 +135,18 @@ def _packed(precision: str) -> Iterator[Case]:
             yield case(model, precision=precision, packing=True, activation_checkpointing=checkpointing)
     yield case("llama", precision=precision, packing=True, attention="eager", loss="standard")
     yield case("llama-tied", precision=precision, packing=True, gradient_accumulation_steps=2, seq_len=512)
+
+
+def lora_grid() -> Iterator[Case]:
+    """Adapters: every family in both precisions, then ranks, targets, dropout, accumulation."""
+    for model in FAMILIES:
+        yield case(model, num_chunks=1, method="lora")
+        yield case(model, num_chunks=1, method="lora", precision="bf16")
+    for precision in ("fp32", "bf16"):
+        yield case("llama", num_chunks=1, method="lora", precision=precision, activation_checkpointing="none")
+        yield case("llama", num_chunks=1, method="lora", precision=precision, lora={"rank": 64, "dropout": 0.1})
+        yield case("llama", num_chunks=1, method="lora", precision=precision, lora={"target_modules": ["q_proj"]})
+        yield case("llama-tied", num_chunks=1, method="lora", precision=precision, gradient_accumulation_steps=2)
 
 
 def build(config: dict[str, Any], training: TrainingSpec) -> PreTrainedModel:
@@ -163,6 +177,8 @@ def measure(config: dict[str, Any], training: TrainingSpec, num_cycles: int = 1)
 def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, profiler: CpuProfiler) -> list[Measured]:
     with profiler.step(), profiler.phase("load"):
         model = build(config, training)
+        if training.lora is not None:
+            add_adapters(model, training.lora)
         tuner = ChunkFT.of(training, model, observer=profiler)
     generator, shape = torch.Generator().manual_seed(0), (training.micro_batch_size, training.seq_len)
     samples = []

@@ -36,7 +36,8 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about settings of layers that peft corrects by itself
-            inject_adapter_in_model(config, model)
+            with next(model.parameters()).device:
+                inject_adapter_in_model(config, model)
     except ValueError as error:
         raise InputError("training.lora.target_modules", str(error).splitlines()[0]) from error
     with torch.no_grad():

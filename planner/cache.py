@@ -30,6 +30,7 @@ _TRACED_CODE = {
         "expansion",
         "factored",
         "gradients",
+        "lora",
         "loss",
         "models",
         "optimizer",
@@ -55,7 +56,7 @@ def cache_dir() -> Path:
 @cache
 def code_digest() -> str:
     """Digest of everything besides the request that decides a trace: the traced code and the libraries under it."""
-    digest = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
+    digest = hashlib.sha256(f"{version('torch')} {version('transformers')} {version('peft')}".encode())
     root = Path(__file__).parent.parent
     for package, modules in _TRACED_CODE.items():
         for module in modules:
@@ -85,6 +86,7 @@ class TraceStore:
             "activation_checkpointing",
             "loss",
             "attention",
+            "lora",
             "update_in_backward",
         }
         training = self._training.model_dump(mode="json", include=decisive)
@@ -136,7 +138,7 @@ class TraceStore:
         training = self._training
         kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
         shape = (numel, num_columns if training.optimizer is Optimizer.ADAFACTOR else 1)
-        key = repr((shape, training.optimizer.value, training.precision.value, kept, comes, leaves, is_shared))
+        key = repr((shape, training.optimizer.value, training.trained_precision.value, kept, comes, leaves, is_shared))
         if key not in self._steps:
             known = self._content["updates"].get(key)
             if known is None:

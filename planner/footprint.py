@@ -106,7 +106,7 @@ class Footprints:
         runs = tuple(layer_runs(roles.layers))
         trace = self.store.step(chunk, roles, expands=schedule.expansion == "factored")
         numels = [piece.numel for piece in chunk.slices]
-        sizes = (numels, self.training.precision.itemsize, self.granularity)
+        sizes = (numels, self.training.trained_precision.itemsize, self.granularity)
         summaries = summarise(trace, runs, *sizes)
         accumulated: list[SegmentSummary] = []
         if schedule.expansion == "factored" and self.training.gradient_accumulation_steps > 1:
@@ -154,7 +154,7 @@ class Footprints:
     def resident(self, schedule: ScheduleSpec) -> list[int]:
         """Live bytes by category between two steps."""
         live = [0] * len(CATEGORIES)
-        live[_WEIGHTS] = sum(self.rounded(info.num_bytes) for info in self.structure.parameters)
+        live[_WEIGHTS] = sum(map(self.rounded, self.structure.parameter_sizes))
         live[_OTHER] = self.structure.buffer_bytes
         if schedule.expansion == "factored":
             live[_STATES] = sum(map(self.rounded, self.factored_bytes()))
@@ -194,7 +194,7 @@ class Footprints:
         inputs = 3 if training.packing else 2  # ids, labels, positions
         live[_OTHER] += inputs * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
-            live[_GRADIENTS] += sum(self.rounded(p.numel * training.precision.itemsize) for p in chunk.slices)
+            live[_GRADIENTS] += sum(self.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices)
         moments, seconds = [], 0.0
         for summary in summaries:
             at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))

@@ -13,7 +13,7 @@ from engine.spec import ScheduleSpec, TrainingSpec
 from planner.cache import TraceStore, code_digest
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
-from planner.overheads import HOST_DATA_BYTES, Overheads, cpu_process_bytes, overheads
+from planner.overheads import HOST_DATA_BYTES, PEFT_BYTES, Overheads, cpu_process_bytes, overheads
 from planner.replay import reserved_bytes
 from planner.segments import CATEGORIES
 from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
@@ -87,15 +87,16 @@ class Planner:
         breakdown = Breakdown(**categories)
         allocated = breakdown.total_bytes
         slabs = sum(footprints.host_bytes(piece, schedule) for chunk in chunks for piece in chunk.chunk.slices)
+        runtime = extra.runtime_bytes + (0 if footprints.training.lora is None else PEFT_BYTES)
         if self.gpu.kind == "cpu":
             reserved = allocated
             structure = footprints.structure
             device = host = cpu_process_bytes(
-                extra.runtime_bytes, structure.num_parameters, structure.parameter_bytes, allocated, slabs
+                runtime, structure.num_parameters, structure.parameter_bytes, allocated, slabs
             )
         else:
             reserved = max(reserved_bytes(footprints, chunks, schedule, extra), allocated)
-            device, host = reserved + extra.context_bytes, slabs + extra.runtime_bytes
+            device, host = reserved + extra.context_bytes, slabs + runtime
         return Peak(
             allocated_bytes=allocated,
             reserved_bytes=reserved,
@@ -190,6 +191,7 @@ def _facts(planner: Planner, training: TrainingSpec) -> ModelFacts:
         name=planner.model.id,
         architecture=planner.model.architecture,
         num_parameters=structure.num_parameters,
+        num_trainable_parameters=structure.num_trainable_parameters,
         num_layers=structure.num_layers,
         parameter_bytes=structure.parameter_bytes,
     )

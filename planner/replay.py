@@ -38,7 +38,7 @@ class _Replay:
     def load(self, overheads: Overheads) -> None:
         """Weights and buffers, then the libraries' workspaces."""
         structure = self._footprints.structure
-        sizes = [info.num_bytes for info in structure.parameters] + [structure.buffer_bytes]
+        sizes = [*structure.parameter_sizes, structure.buffer_bytes]
         if self._schedule.expansion == "factored":
             sizes += self._footprints.factored_bytes()
         for size_bytes in sizes + [overheads.workspace_bytes] * overheads.num_workspaces:
@@ -52,7 +52,7 @@ class _Replay:
             states = self._update(footprint, update, states)
 
     def _update(self, footprint: ChunkFootprint, update: Update, states: list[int]) -> list[int]:
-        itemsize = self._footprints.training.precision.itemsize
+        itemsize = self._footprints.training.trained_precision.itemsize
         pieces = footprint.chunk.slices
         numels = [piece.numel for piece in pieces]
         gradients: dict[int, int] = {}

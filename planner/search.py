@@ -25,7 +25,7 @@ def choose(planner: Planner) -> Evaluation:
     training = planner.request.training
     if training.schedule != "auto":
         return planner.evaluate(training, training.schedule)
-    if training.method == "full":
+    if training.method != "chunkft":
         return planner.evaluate(training, default_schedule(training.optimizer, 1))
     if planner.floor_bytes(training) > planner.capacity_bytes:
         return planner.evaluate(training, _with_chunks(planner, default_schedule(training.optimizer, 1), 64))
@@ -78,12 +78,13 @@ def _relaxations(planner: Planner, chosen: Evaluation) -> Iterator[tuple[Trainin
     most = schedule
     if training.method == "chunkft":
         most = _with_chunks(planner, schedule, max(schedule.num_chunks, 64))
+    also = f" and {most.num_chunks} chunks" if training.method == "chunkft" else ""
     if lean != training:
-        yield lean, most, f"full activation checkpointing, fused loss and {most.num_chunks} chunks"
+        yield lean, most, f"full activation checkpointing, fused loss{also}"
     if training.micro_batch_size > 1 and not training.update_in_backward:
         steps = training.gradient_accumulation_steps * training.micro_batch_size
         single = lean.model_copy(update={"micro_batch_size": 1, "gradient_accumulation_steps": steps})
-        yield single, most, f"micro-batches of 1, {steps} accumulated, and {most.num_chunks} chunks"
+        yield single, most, f"micro-batches of 1, {steps} accumulated,{also}".rstrip(",")
     if training.method == "full":
         chunked = lean.model_copy(update={"method": "chunkft"})
         for num_chunks in (8, 32, 128):

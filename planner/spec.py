@@ -87,6 +87,9 @@ class ModelFacts(Result):
     name: str
     architecture: str
     num_parameters: int
+    """Adapters included."""
+    num_trainable_parameters: int | None = None
+    """All of them, or the adapters'; None in plans of earlier versions."""
     num_layers: int
     parameter_bytes: int
 

@@ -15,6 +15,9 @@ class ModelStructure:
     """The stream of a model, and its layers."""
 
     parameters: tuple[ParameterInfo, ...]
+    """What is trained: all parameters, or adapters."""
+    frozen: tuple[tuple[int, int], ...]
+    """Elements and bytes of each parameter outside the stream: the weights under adapters."""
     layer_of: tuple[int, ...]
     """Layer index of each parameter; −1 when it belongs to none."""
     signatures: tuple[str, ...]
@@ -33,19 +36,30 @@ class ModelStructure:
         return len(self.signatures)
 
     @property
-    def num_parameters(self) -> int:
+    def num_trainable_parameters(self) -> int:
         """Elements of the stream."""
         return sum(info.numel for info in self.parameters)
 
     @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters."""
+        return self.num_trainable_parameters + sum(numel for numel, _ in self.frozen)
+
+    @property
+    def parameter_sizes(self) -> list[int]:
+        """Bytes of each parameter."""
+        return [*(info.num_bytes for info in self.parameters), *(size for _, size in self.frozen)]
+
+    @property
     def parameter_bytes(self) -> int:
-        """Bytes of the stream."""
-        return sum(info.num_bytes for info in self.parameters)
+        """Bytes of all parameters."""
+        return sum(self.parameter_sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the cache."""
         return {
             "parameters": [[p.name, p.shape, p.itemsize] for p in self.parameters],
+            "frozen": self.frozen,
             "layer_of": self.layer_of,
             "signatures": self.signatures,
             "buffer_bytes": self.buffer_bytes,
@@ -59,6 +73,7 @@ class ModelStructure:
         """Inverse of :meth:`to_json`."""
         return ModelStructure(
             tuple(ParameterInfo(name, tuple(shape), itemsize) for name, shape, itemsize in value["parameters"]),
+            tuple((numel, size_bytes) for numel, size_bytes in value["frozen"]),
             tuple(value["layer_of"]),
             tuple(value["signatures"]),
             value["buffer_bytes"],

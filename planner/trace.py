@@ -20,6 +20,7 @@ from engine.errors import InputError
 from engine.expansion import Expansion
 from engine.gradients import Activation, ActiveSlice
 from engine.isolation import check_packable, would_meet
+from engine.lora import add_adapters
 from engine.loss import block_rows
 from engine.models import decoder_layers, meta_model
 from engine.spec import CheckpointedLayers, TrainingSpec
@@ -49,7 +50,9 @@ class ModelTracer:
         self.device_kind = device_kind
         with _refusals("building the model"):
             self.model = meta_model(config, training.precision, training.attention)
-        self.stream = ParameterStream(self.model)
+            if training.lora is not None:
+                add_adapters(self.model, training.lora)
+        self.stream = ParameterStream(self.model, only_trainable=training.lora is not None)
         self.layers = decoder_layers(self.model)
         if not self.layers or not any(True for _ in self.layers[0].parameters()):
             raise InputError("model.config", f"{type(self.model).__name__} has no list of layers to plan by")
@@ -69,8 +72,10 @@ class ModelTracer:
         first_layer = next((i for i, layer in enumerate(layer_of) if layer >= 0), len(layer_of))
         head, loss_rows = self._head()
         buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in self.model.buffers()}
+        stream = {id(p) for p in self.stream.parameters}
         return ModelStructure(
             tuple(self.stream.infos),
+            tuple((p.numel(), p.nbytes) for p in self.model.parameters() if id(p) not in stream),
             layer_of,
             tuple(self._signature(i) for i in range(len(self.layers))),
             sum(buffers.values()),

@@ -37,13 +37,13 @@ def trace_update(
         device_kind: decides which kernels run, and whether states travel beside the updates.
         numel: elements of the slice.
         num_columns: elements of its last dimension.
-        training: decides the rule and the weights' precision.
+        training: decides the rule and the precision of what is trained.
         schedule: decides what is kept, how, and where.
         comes: the states come to the device with this update.
         leaves: they leave with it.
         is_shared: buffers that the whole chunk's states pass through are there already.
     """
-    leaf = torch.empty(numel, dtype=DTYPES[training.precision], device="meta", requires_grad=True)
+    leaf = torch.empty(numel, dtype=DTYPES[training.trained_precision], device="meta", requires_grad=True)
     parameter = nn.Parameter(torch.empty(numel // num_columns, num_columns, device="meta"))
     piece = ActiveSlice("slice", 0, numel, leaf, parameter)
     config = OptimizerConfig(

@@ -21,6 +21,14 @@ def describe_schedule(schedule: ScheduleSpec) -> str:
     return f"{schedule.num_chunks} chunks, {schedule.order.value}, {updates} each, states {kept}"
 
 
+def describe_method(plan: Plan) -> str:
+    """What is trained, and in which order."""
+    lora = plan.request.training.lora
+    if lora is None:
+        return describe_schedule(plan.schedule)
+    return f"LoRA adapters of rank {lora.rank}: {count(plan.model.num_trainable_parameters)} parameters in fp32"
+
+
 def describe_training(training: TrainingSpec) -> str:
     """The rest of what decides the memory, in one line."""
     checkpointing = training.activation_checkpointing
@@ -45,7 +53,7 @@ def print_plan(plan: Plan) -> None:
     out.print(
         f"[bold]{escape(plan.model.name)}[/] ({count(plan.model.num_parameters)} parameters) on [bold]{device}[/]"
     )
-    out.print(describe_schedule(plan.schedule), style="dim")
+    out.print(describe_method(plan), style="dim")
     out.print(describe_training(request.training), style="dim", soft_wrap=True)
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
     spare = plan.capacity_bytes - plan.peak.upper_bytes

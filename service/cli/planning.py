@@ -28,7 +28,8 @@ def plan(
     packing: Annotated[
         bool, typer.Option("--packing", help="Short rows share a sequence, unseen by each other.")
     ] = False,
-    method: Annotated[str | None, typer.Option(help="chunkft or full.")] = None,
+    method: Annotated[str | None, typer.Option(help="chunkft, full or lora.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters, with method lora.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Number of chunks.")] = None,
     order: Annotated[str | None, typer.Option(help="descending, ascending or random.")] = None,
     switch_every: Annotated[int | None, typer.Option(help="Updates per visit of a chunk.")] = None,
@@ -63,6 +64,7 @@ def plan(
     }
     training = {
         "method": method,
+        "lora": None if lora_rank is None else {"rank": lora_rank},
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,

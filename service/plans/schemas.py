@@ -50,7 +50,7 @@ class CompareRequest(SpecModel):
 
     model: ModelRef
     gpus: Annotated[list[GpuRef], Field(min_length=1, max_length=16)]
-    methods: Annotated[list[Literal["chunkft", "full"]], Field(min_length=1, max_length=2)] = Field(
+    methods: Annotated[list[Literal["chunkft", "full", "lora"]], Field(min_length=1, max_length=3)] = Field(
         default=["chunkft", "full"]
     )
     training: TrainingSpec = Field(default_factory=TrainingSpec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.spec import ModelConfig, ModelPath, ScheduleSpec
+from engine.spec import ModelConfig, ModelPath, TrainingSpec, parse
 from planner.catalog import find_gpu
 from planner.planning import Planner as Planning
 from planner.planning import plan_id
@@ -117,10 +117,12 @@ def _content_id(request: PlanRequest) -> str:
 def _single_requests(request: CompareRequest) -> Iterator[PlanRequest]:
     for gpu in request.gpus:
         for method in request.methods:
-            update: dict[str, object] = {"method": method}
-            if method == "full":
-                update["schedule"] = ScheduleSpec(num_chunks=1)
-            training = request.training.model_copy(update=update)
+            values = request.training.model_dump() | {"method": method}
+            if method != "chunkft":
+                values["schedule"] = {"num_chunks": 1}
+            if method != "lora":
+                values["lora"] = None
+            training = parse(TrainingSpec, values)
             yield PlanRequest(
                 model=request.model, gpu=gpu, memory_limit_bytes=request.memory_limit_bytes, training=training
             )

@@ -37,6 +37,9 @@ CASES = [
     case("llama", num_chunks=3, packing=True, activation_checkpointing="none", gradient_accumulation_steps=2),
     case("mistral", num_chunks=3, packing=True, precision="bf16"),
     case("gpt2", num_chunks=3, packing=True, attention="eager"),
+    case("llama-tied", method="lora", num_chunks=1, gradient_accumulation_steps=2),
+    case("gpt2", method="lora", num_chunks=1, precision="bf16", activation_checkpointing="none"),
+    case("phi3", method="lora", num_chunks=1, precision="bf16", lora={"rank": 64, "dropout": 0.1}),
 ]
 
 
