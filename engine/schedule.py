@@ -86,6 +86,14 @@ def learning_rate(training: JobTraining, update: int, num_updates: int) -> float
     return training.learning_rate * factor
 
 
+def expected_updates(training: JobTraining, num_batches_per_epoch: int) -> int:
+    """Length of a run: ``max_steps``, or as many updates as its epochs of micro-batches make."""
+    if training.max_steps is not None:
+        return training.max_steps
+    num_batches = (training.epochs or 1.0) * num_batches_per_epoch
+    return max(1, math.ceil(num_batches / training.gradient_accumulation_steps))
+
+
 HANDFUL = 5
 """Updates of a parameter below which a run hardly trains it."""
 

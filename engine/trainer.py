@@ -25,7 +25,7 @@ from engine.files import sha256_text
 from engine.lora import add_adapters, merge_adapters
 from engine.models import check_model_folder, load_model, load_tokenizer, pad_token_id
 from engine.profiler import Sample, profiler_for, trim_host_memory
-from engine.schedule import few_updates_warning, learning_rate
+from engine.schedule import expected_updates, few_updates_warning, learning_rate
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
 from engine.store import remove_store
@@ -146,8 +146,7 @@ class Trainer:
                 seed=training.seed,
                 observer=self.profiler,
             )
-        updates_per_epoch = self.batches.num_batches_per_epoch / training.gradient_accumulation_steps
-        self.total_steps = training.max_steps or max(1, math.ceil((training.epochs or 1.0) * updates_per_epoch))
+        self.total_steps = expected_updates(training, self.batches.num_batches_per_epoch)
         self._checkpoint_every = training.checkpoint_every or self.tuner.schedule.updates_per_cycle
 
     def _expansion_learning_rate(self, update: int) -> float:

@@ -93,6 +93,12 @@ class ModelFacts(Result):
     num_layers: int
     parameter_bytes: int
 
+    @property
+    def num_base_parameters(self) -> int:
+        """Of the model without adapters."""
+        trainable = self.num_trainable_parameters
+        return self.num_parameters - trainable if trainable not in (None, self.num_parameters) else self.num_parameters
+
 
 class ChunkPlan(Result):
     """One chunk of the schedule: its range of the stream, its peaks by phase, its step time."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from service.cli.client import DEFAULT_URL, Client, UrlOption
 from service.cli.exits import DOES_NOT_FIT, FAILED, CommandError
@@ -39,6 +40,9 @@ def submit(
             console().print(f"would be admitted: up to {need} of {have} ({answer['plan_id']})")
         else:
             console().print(f"{answer['id']} is {answer['state']} ({answer['plan_id']})")
+        if not as_json:
+            for warning in answer.get("warnings", []):
+                console().print(f"[yellow]note[/]: {escape(warning)}", soft_wrap=True)
         if watch and not dry_run:
             follow(client, answer["id"], as_json=as_json)
 

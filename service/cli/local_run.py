@@ -16,6 +16,7 @@ from service.cli.server import settings_with
 from service.execution.devices import Device, local_devices
 from service.execution.protocol import Launch
 from service.jobs.admission import resolved_training
+from service.jobs.run_spec import run_spec
 from service.settings import Settings
 
 
@@ -62,18 +63,20 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
     dataset = _dataset(request)
     training = parse(TrainingSpec, request.training.model_dump(include=set(TrainingSpec.model_fields)))
     plan = planner.plan(PlanRequest(model=ModelPath(path=str(model_folder)), gpu=gpu, training=training))
-    spec = RunSpec(
+    folder = (run_dir or settings.data_dir / "runs" / request.name).absolute()
+    spec = run_spec(
+        request,
+        plan,
+        resolved_training(request.training, plan) if plan.fits else request.training,
         job_id=f"local-{request.name}",
-        name=request.name,
-        model_path=str(model_folder),
-        dataset_path=str(dataset),
-        dataset_format=request.dataset.format,
-        eval_fraction=request.dataset.eval_fraction,
-        training=resolved_training(request.training, plan) if plan.fits else request.training,
-        output_name=request.output.name or request.name,
+        model_folder=model_folder,
+        dataset_path=dataset,
+        dataset_name=dataset.name,
+        taken=lambda prefix: _output_names(folder),
         device=device.name,
     )
-    folder = (run_dir or settings.data_dir / "runs" / request.name).absolute()
+    if request.output.name is None and (begun := _output_name(folder)) is not None:
+        spec = spec.model_copy(update={"output_name": begun})
     number = _attempt_number(folder, spec)
     launch = Launch(attempt_id=f"{spec.job_id}-{number}", run_dir=folder, number=number, device=device.name)
     return LocalRun(folder, spec, plan, launch, settings.locks_dir)
@@ -133,6 +136,20 @@ def _attempt_number(folder: Path, spec: RunSpec) -> int:
     if any(_is_finished(folder / "attempts" / str(number) / "events.jsonl") for number in numbers):
         raise InputError("run_dir", f"this job has finished in {folder}; give another --run-dir to train it again")
     return max(numbers, default=0) + 1
+
+
+def _output_names(folder: Path) -> list[str]:
+    """What the runs beside this one export."""
+    names = [_output_name(job_file.parent) for job_file in folder.parent.glob("*/job.json")]
+    return [name for name in names if name is not None]
+
+
+def _output_name(folder: Path) -> str | None:
+    """What the run of a folder exports; None where there is no run."""
+    try:
+        return RunSpec.model_validate_json((folder / "job.json").read_text(encoding="utf-8")).output_name
+    except (OSError, ValueError):
+        return None
 
 
 def _is_finished(events_file: Path) -> bool:

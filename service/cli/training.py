@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def train(
     run.write()
     outcome = _run(run, quiet=as_json)
     _check(outcome, run)
+    # Nothing resumes from them any more; what stays is the exported model.
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     _report(outcome, run, as_json=as_json)
 
 

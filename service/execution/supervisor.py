@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,6 +156,9 @@ class Supervisor:
         finish = self._ledger.finish(handle, exit_code, last_words=last_words, server_stopping=self._stopping.is_set())
         self._forget(following)
         log.info("attempt ended", exit_code=exit_code, state=finish.outcome.state, reason=finish.outcome.reason)
+        if finish.outcome.state is JobState.SUCCEEDED:
+            # Nothing resumes from them any more; what stays is the exported model.
+            shutil.rmtree(self._settings.runs_dir / handle.job_id / "checkpoints", ignore_errors=True)
         if finish.outcome.reason is Reason.OUT_OF_MEMORY:
             self._metrics.out_of_memory.labels(handle.device).inc()
         for residual in finish.profile.residuals if finish.profile else []:

@@ -31,6 +31,8 @@ class PreparedJob:
     """As it is listed: the catalog id, or the path."""
     model_folder: Path
     dataset_path: Path
+    dataset_name: str
+    """Of the file as the user calls it: an upload is stored under its id."""
     num_rows: int
     gpu: GpuSpec
     device: Device
@@ -56,7 +58,7 @@ class JobPreparation:
         """
         name, folder = self._model(request)
         gpu, device = self._device(request.gpu)
-        field, path = self._dataset(request)
+        field, path, data_name = self._dataset(request)
         try:
             dataset = check_dataset(path, request.dataset.format)
         except InputError as error:
@@ -64,7 +66,7 @@ class JobPreparation:
         plan = self._plan(request, folder, gpu)
         admit(plan, device.memory_bytes)
         training = resolved_training(request.training, plan)
-        return PreparedJob(request, name, folder, path, dataset.num_rows, gpu, device, plan, training)
+        return PreparedJob(request, name, folder, path, data_name, dataset.num_rows, gpu, device, plan, training)
 
     def _model(self, request: JobRequest) -> tuple[str, Path]:
         settings = self._settings
@@ -96,17 +98,18 @@ class JobPreparation:
             raise InputError("gpu", f"no device of kind {gpu.kind} here to run {gpu.name!r} on; there is: {offered}")
         return gpu, device
 
-    def _dataset(self, request: JobRequest) -> tuple[str, Path]:
+    def _dataset(self, request: JobRequest) -> tuple[str, Path, str]:
         settings, dataset = self._settings, request.dataset
         if dataset.path is not None:
             roots = [*settings.dataset_roots, settings.data_dir]
-            return "dataset.path", resolve_below("dataset.path", dataset.path, roots)
+            path = resolve_below("dataset.path", dataset.path, roots)
+            return "dataset.path", path, path.name
         assert dataset.file_id is not None
         with self._database.read() as session:
             row = FileRepository(session).find(dataset.file_id)
         if row is None:
             raise InputError("dataset.file_id", f"there is no file {dataset.file_id!r}")
-        return "dataset.file_id", settings.files_dir / row.stored_name
+        return "dataset.file_id", settings.files_dir / row.stored_name, row.filename
 
     def _plan(self, request: JobRequest, folder: Path, gpu: GpuSpec) -> Plan:
         fields = request.training.model_dump(include=set(TrainingSpec.model_fields))

@@ -47,6 +47,11 @@ class JobRepository:
             statement = statement.where(JobRow.model == model)
         return newest_first(self._session, statement, JobRow.created_at, JobRow.id, window)
 
+    def output_names(self, prefix: str) -> list[str]:
+        """Names of jobs' outputs that begin with a prefix."""
+        name = JobRow.run_spec["output_name"].as_string()
+        return list(self._session.scalars(select(name).where(name.startswith(prefix, autoescape=True))))
+
     def add(self, job: JobRow) -> None:
         """Stores a new job."""
         self._session.add(job)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from engine.schedule import few_updates_warning
+from engine.spec import ScheduleSpec
 from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
 from service.jobs.states import JobState, Reason
 from service.paging import Listed
@@ -44,6 +46,10 @@ class JobView(Listed):
     request: dict[str, Any]
     training: dict[str, Any]
     """As it runs: with the schedule that was chosen."""
+    output_name: str
+    """Folder name of the exported model."""
+    warnings: list[str]
+    """About its settings."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -68,10 +74,21 @@ class JobView(Listed):
             num_attempts=row.num_attempts,
             request=row.request,
             training=row.run_spec["training"],
+            output_name=row.run_spec["output_name"],
+            warnings=_warnings(row),
             created_at=row.created_at,
             started_at=row.started_at,
             finished_at=row.finished_at,
         )
+
+
+def _warnings(row: JobRow) -> list[str]:
+    training = row.run_spec["training"]
+    num_updates = row.total_steps or training["max_steps"]
+    if num_updates is None:
+        return []
+    warning = few_updates_warning(ScheduleSpec.model_validate(training["schedule"]), num_updates)
+    return [] if warning is None else [warning]
 
 
 class DryRun(BaseModel):
@@ -85,6 +102,7 @@ class DryRun(BaseModel):
     device_kind: str
     num_rows: int
     training: dict[str, Any]
+    warnings: list[str]
 
 
 class AttemptView(Listed):
@@ -183,7 +201,9 @@ class MetricView(Listed):
 
 
 class CheckpointView(Listed):
-    """A checkpoint that was complete when it was recorded; old ones are removed as new ones come."""
+    """A checkpoint that was complete when it was recorded; old ones are removed as new ones come, and all of them when
+    the job has succeeded.
+    """
 
     id: str
     object: Literal["checkpoint"] = "checkpoint"

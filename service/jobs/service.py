@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from engine.spec import JobRequest, RunSpec
+from engine.spec import JobRequest
 from service.clock import Clock
 from service.db import Database
 from service.db.base import DEFAULT_PROJECT
@@ -18,6 +18,7 @@ from service.ids import new_id
 from service.jobs.idempotency import Answer, IdempotencyKeys
 from service.jobs.preparation import JobPreparation, PreparedJob
 from service.jobs.repository import JobRepository
+from service.jobs.run_spec import run_spec, settings_warnings
 from service.jobs.schemas import DryRun, JobView
 from service.jobs.states import JobState, Reason
 from service.jobs.transitions import add_event, transition
@@ -78,6 +79,7 @@ class JobService:
             device_kind=prepared.device.kind,
             num_rows=prepared.num_rows,
             training=prepared.training.model_dump(mode="json"),
+            warnings=settings_warnings(prepared.training, prepared.num_rows, request.dataset.eval_fraction),
         )
 
     def submit(self, request: JobRequest, idempotency_key: str | None) -> Answer:
@@ -135,8 +137,9 @@ class JobService:
             return self._add(session, prepared)
 
     def _add(self, session: Session, prepared: PreparedJob) -> Answer:
-        job = self._job(prepared)
-        JobRepository(session).add(job)
+        jobs = JobRepository(session)
+        job = self._job(prepared, jobs.output_names)
+        jobs.add(job)
         data: dict[str, Any] = {
             "from": None,
             "state": job.state.value,
@@ -148,19 +151,18 @@ class JobService:
         add_event(session, job, "state", data, now=job.created_at)
         return Answer(201, f"/v1/jobs/{job.id}", JobView.of(job).model_dump(mode="json"))
 
-    def _job(self, prepared: PreparedJob) -> JobRow:
+    def _job(self, prepared: PreparedJob, taken: Callable[[str], list[str]]) -> JobRow:
         request, now = prepared.request, self._clock.now()
         job_id = new_id("job", now)
-        run = RunSpec(
+        run = run_spec(
+            request,
+            prepared.plan,
+            prepared.training,
             job_id=job_id,
-            name=request.name,
-            model_path=str(prepared.model_folder),
-            model_name=request.model if isinstance(request.model, str) else "",
-            dataset_path=str(prepared.dataset_path),
-            dataset_format=request.dataset.format,
-            eval_fraction=request.dataset.eval_fraction,
-            training=prepared.training,
-            output_name=request.output.name or request.name,
+            model_folder=prepared.model_folder,
+            dataset_path=prepared.dataset_path,
+            dataset_name=prepared.dataset_name,
+            taken=taken,
         )
         return JobRow(
             id=job_id,

@@ -47,6 +47,34 @@ def test_a_dry_run_checks_everything_and_stores_no_job(client, dataset):
     assert client.get("/v1/jobs").json()["data"] == []
 
 
+def test_outputs_are_numbered_and_short_runs_are_warned_about(client, dataset):
+    first, second = (client.post("/v1/jobs", json=job_request(dataset)).json() for _ in range(2))
+    assert first["output_name"] == "smollm2-135m-instruct-chunkft-chats-v1"
+    assert second["output_name"] == "smollm2-135m-instruct-chunkft-chats-v2"
+    (warning,) = first["warnings"]
+    assert warning.startswith("8 updates over 4 chunks change each parameter only about 2 times")
+    assert client.get(f"/v1/jobs/{first['id']}").json()["warnings"] == [warning]
+    epochs = job_request(dataset, max_steps=None, epochs=1)
+    answer = client.post("/v1/jobs", params={"dry_run": True}, json=job_request(dataset)).json()
+    assert answer["warnings"] == [warning]
+    assert client.post("/v1/jobs", params={"dry_run": True}, json=epochs).json()["warnings"] == []
+    named = client.post("/v1/jobs", json=job_request(dataset, max_steps=40) | {"output": {"name": "welders"}}).json()
+    assert (named["output_name"], named["warnings"]) == ("welders", [])
+
+
+def test_lora_jobs_are_planned_and_admitted(client, dataset):
+    lora = {"method": "lora", "lora": {"rank": 4}, "schedule": {}}
+    job = client.post("/v1/jobs", json=job_request(dataset, **lora)).json()
+    assert job["output_name"] == "smollm2-135m-instruct-lora-chats-v1"
+    plan = client.get(f"/v1/plans/{job['plan_id']}").json()
+    facts = plan["model"]
+    assert 0 < facts["num_trainable_parameters"] < facts["num_parameters"] / 10
+    body = {"model": plan["request"]["model"], "gpus": ["rtx-4090"], "methods": ["chunkft", "full", "lora"]}
+    cells = client.post("/v1/plans/compare", json=body).json()["data"]
+    assert [cell["method"] for cell in cells] == ["chunkft", "full", "lora"]
+    assert len({cell["id"] for cell in cells}) == 3
+
+
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_what_does_not_fit_is_409_with_alternatives(client, dataset, dry_run):
     gpu = {"name": "small", "kind": "cpu", "memory_bytes": 2**20}

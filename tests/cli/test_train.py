@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from service.cli.local_run import prepare
+from service.cli.requests import read_job_file
 from tests.support.waiting import wait_for
 
 MODEL = "smollm2-135m-instruct"
@@ -42,13 +44,39 @@ def test_a_job_is_planned_trained_and_compared(chunkplan, in_process, job_file, 
     assert "held-out loss" in done.stdout
     assert "Peak memory by chunk" in done.stdout
     assert "tensors updated: 38 of 38" in done.stdout
-    assert (tmp_path / "var" / "runs" / "sums" / "artifacts" / "sums" / "model.safetensors").is_file()
+    assert "note: 8 updates over 4 chunks change each parameter only about 2 times" in done.stdout
+    run_dir = tmp_path / "var" / "runs" / "sums"
+    (exported,) = (run_dir / "artifacts").iterdir()
+    assert exported.name == "smollm2-135m-instruct-chunkft-chats-v1"
+    card = (exported / "README.md").read_text()
+    assert 'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"' in card
+    assert "| data file | chats.jsonl |" in card
+    assert "| predicted peak memory | " in card
+    assert not (run_dir / "checkpoints").exists()
     again = in_process("train", job_file())
     assert again.returncode == 2
     assert "run_dir: this job has finished in" in again.stderr
     other = in_process("train", job_file(training={"max_steps": 9}))
     assert other.returncode == 2
     assert "holds another job" in other.stderr
+
+
+def test_an_output_is_named_after_its_parts_and_keeps_its_name(chunkplan, job_file, tmp_path, monkeypatch):
+    for name, value in chunkplan.environment.items():
+        if name.startswith("CHUNKPLAN_"):
+            monkeypatch.setenv(name, value)
+
+    def prepared(**changes):
+        run = prepare(read_job_file(job_file(**changes)), None, None)
+        run.write()
+        return run.spec.output_name
+
+    assert prepared() == "smollm2-135m-instruct-chunkft-chats-v1"
+    assert prepared(name="again") == "smollm2-135m-instruct-chunkft-chats-v2"
+    assert prepared() == "smollm2-135m-instruct-chunkft-chats-v1"  # the same job, to be resumed
+    lora = {"method": "lora", "schedule": {}}
+    assert prepared(name="adapter", training=lora) == "smollm2-135m-instruct-lora-chats-v1"
+    assert prepared(name="mine", output={"name": "welders"}) == "welders"
 
 
 def test_json_carries_the_outcome(chunkplan, job_file, tmp_path):
@@ -83,6 +111,10 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(chunkplan, job_file, 
         ({"dataset": {"path": "nowhere.jsonl"}}, "dataset.path: "),
         ({"dataset": {"path": None, "file_id": "file_x"}}, "dataset.file_id: uploads belong to a service"),
         ({"training": {"colour": "red"}}, "training.colour: "),
+        (
+            {"output": {"merge": True}},
+            "request: output.merge adds adapters to the weights: only for training.method 'l",
+        ),
     ],
 )
 def test_bad_jobs_are_refused_by_field(in_process, job_file, changes, message):

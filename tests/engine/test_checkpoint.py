@@ -157,7 +157,7 @@ def test_a_checkpoint_written_on_a_gpu_resumes_on_the_cpu(tmp_path, switch_every
     again = new_tuner(switch_every=switch_every)
     assert resume(again, tmp_path, "same").step == 7
     kept = [block for chunk in again.optimizer.chunks.values() for block in chunk.host.values()]
-    assert {(t.device.type, t.dtype) for block in kept for t in block.named().values()} == {("cpu", torch.float32)}
+    assert {(t.device.type, t.dtype) for block in kept for t in block.values()} == {("cpu", torch.float32)}
     advance(again, 7)
     actual, expected = final_weights(again), final_weights(tuner)
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())

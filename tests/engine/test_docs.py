@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 
 def test_the_page_runs_as_it_stands(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     model = tiny_model("llama-tied", vocab_size=400, max_position_embeddings=64)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a metal worker is welder"}\n' * 12)

@@ -1,0 +1,72 @@
+"""From a checked request to what the engine runs: one definition for the service and ``chunkplan train``. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from engine.naming import output_name, output_prefix
+from engine.schedule import expected_updates, few_updates_warning
+from engine.spec import JobRequest, JobTraining, RunSpec, ScheduleSpec
+from planner.catalog import find_model
+from planner.spec import Plan
+
+
+def run_spec(
+    request: JobRequest,
+    plan: Plan,
+    training: JobTraining,
+    *,
+    job_id: str,
+    model_folder: Path,
+    dataset_path: Path,
+    dataset_name: str,
+    taken: Callable[[str], Iterable[str]],
+    device: str = "cpu",
+) -> RunSpec:
+    """The resolved job.
+
+    Args:
+        request: what was asked.
+        plan: the job's.
+        training: with a fixed schedule.
+        job_id: its id.
+        model_folder: where the weights are.
+        dataset_path: where the data is.
+        dataset_name: how the user calls the data file.
+        taken: names of outputs that begin with a prefix, for the number of a default name.
+        device: ``cpu`` or ``cuda:N``.
+    """
+    model_name = base_name(request) or model_folder.name
+    name = request.output.name
+    if name is None:
+        prefix = output_prefix(model_name, plan.model.num_base_parameters, training.method, dataset_name)
+        name = output_name(prefix, taken(prefix))
+    return RunSpec(
+        job_id=job_id,
+        name=request.name,
+        model_path=str(model_folder),
+        model_name=model_name,
+        dataset_path=str(dataset_path),
+        dataset_name=dataset_name,
+        dataset_format=request.dataset.format,
+        eval_fraction=request.dataset.eval_fraction,
+        training=training,
+        output_name=name,
+        merge=request.output.merge,
+        predicted_peak_bytes=plan.peak.allocated_bytes,
+        device=device,
+    )
+
+
+def base_name(request: JobRequest) -> str | None:
+    """The base model's name on the Hugging Face Hub; None for a folder, which has none but its own."""
+    return find_model(request.model).hf_name if isinstance(request.model, str) else None
+
+
+def settings_warnings(training: JobTraining, num_rows: int, eval_fraction: float) -> list[str]:
+    """What a user should know of the settings before a job runs, as far as its length is known."""
+    assert isinstance(training.schedule, ScheduleSpec)
+    num_batches = max(1, int(num_rows * (1 - eval_fraction)) // training.micro_batch_size)
+    warning = few_updates_warning(training.schedule, expected_updates(training, num_batches))
+    return [] if warning is None else [warning]
