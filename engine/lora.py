@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 
 from engine.errors import InputError
 from engine.spec import LoraSpec
+from engine.tasks import Task, task_of
+
+_TASK_TYPES = {Task.CAUSAL: "CAUSAL_LM", Task.SEQ2SEQ: "SEQ_2_SEQ_LM"}
+"""peft's names, which decide the class that it wraps a model in; it has none for masked models and needs none."""
 
 
 def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
@@ -31,7 +35,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type=_TASK_TYPES.get(task_of(model)),
     )
     try:
         with warnings.catch_warnings():

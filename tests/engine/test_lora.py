@@ -15,7 +15,7 @@ from engine.export import export_model
 from engine.lora import add_adapters, merge_adapters
 from engine.spec import LoraSpec, TrainingSpec, parse
 from engine.worker import run_attempt
-from tests.engine.families import FAMILIES, tiny_batch, tiny_model
+from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
 from tests.engine.runs import events_of, exit_code, prepare_run, start_worker, wait_for
 from tests.engine.test_export import CARD
 from tests.tiny import tiny_tokenizer
@@ -30,6 +30,8 @@ def lora_training(**values):
 def adapted(family="llama", dtype=torch.float32, spec=SPEC, **overrides):
     """A tiny model with adapters whose B is not zero, so that every gradient matters."""
     model = tiny_model(family, dtype, **overrides)
+    if family == "mamba":  # its other projections are inside of fused kernels
+        spec = spec.model_copy(update={"target_modules": ["in_proj", "x_proj"]})
     torch.manual_seed(3)
     add_adapters(model, spec)
     with torch.no_grad():
@@ -47,12 +49,13 @@ def tuner_of(model, **training):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_the_models_own_loss_and_only_adapters_have_them(family, checkpointing):
     expected = adapted(family)
-    expected(**tiny_batch()).loss.backward()
+    batch = batch_for(expected)
+    expected(**batch).loss.backward()
     gradients = {name: p.grad.flatten() for name, p in expected.named_parameters() if p.grad is not None}
     attention = "eager" if family == "gemma2" else "sdpa"
     with tuner_of(adapted(family), activation_checkpointing=checkpointing, attention=attention) as tuner:
         assert all("lora_" in name for name in tuner.stream.names)
-        tuner.backward(tiny_batch())
+        tuner.backward(batch)
         actual = {piece.name: piece.tensor.grad for piece in tuner.active}
         assert {name for name, gradient in actual.items() if gradient is not None} == set(gradients)
         for name, gradient in gradients.items():
@@ -202,3 +205,5 @@ def test_defaults_are_filled_in_and_survive_a_round_trip():
 def test_a_module_that_is_not_there_is_named():
     with pytest.raises(InputError, match=r"^training.lora.target_modules: Target modules .*'nowhere'"):
         add_adapters(tiny_model("llama"), LoraSpec(target_modules=["nowhere"]))
+    with pytest.raises(InputError, match="Module 'out_proj' is incompatible with Mamba-based models"):
+        add_adapters(tiny_model("mamba"), LoraSpec())

@@ -144,5 +144,5 @@ def test_what_a_batch_holds_and_training_would_ignore_is_refused():
         tuner.backward({**batch, "attention_mask": right})
         with pytest.raises(InputError, match=r"^batch.attention_mask: must pad on the right"):
             tuner.backward({**batch, "attention_mask": right.flip(1)})
-        with pytest.raises(InputError, match=r"^batch.position_ids: is not used"):
+        with pytest.raises(InputError, match=r"^batch.position_ids: needs the option packing"):
             tuner.backward({**batch, "position_ids": right})
