@@ -123,5 +123,10 @@ def describe(kind: str, data: Mapping[str, Any]) -> list[str]:
 def _started(data: Mapping[str, Any]) -> str:
     dataset = data["dataset"]
     rows = f"{dataset['num_train_rows']} rows to train, {dataset['num_eval_rows']} held out"
+    for key, what in (("num_truncated_rows", "cut off at seq_len"), ("num_skipped_rows", "skipped")):
+        if dataset[key]:
+            rows += f", {dataset[key]} {what}"
+    if dataset.get("num_packed_sequences"):
+        rows += f"; packed into {dataset['num_packed_sequences']} sequences, {dataset['packing_density']:.1%} full"
     resumed = f", resumed after update {data['resumed_step']}" if data["resumed_step"] else ""
     return f"started: {data['total_steps']} updates over {data['num_chunks']} chunks, {rows}{resumed}"

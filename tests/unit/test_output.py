@@ -4,6 +4,7 @@ import pytest
 
 from engine.errors import InputError
 from service.cli.output import count, duration, gibibytes, number, percent
+from service.cli.progress import describe
 from service.cli.requests import model_reference, parse_bytes
 
 
@@ -43,3 +44,14 @@ def test_models_are_names_or_folders(tmp_path, monkeypatch):
     assert model_reference("org/model") == {"path": "org/model"}
     assert model_reference("./missing") == {"path": "missing"}
     assert model_reference("/models/a/config.json") == {"path": "/models/a"}
+
+
+def test_the_start_of_a_run_says_what_became_of_the_rows():
+    dataset = {"num_train_rows": 285, "num_eval_rows": 15, "num_truncated_rows": 0, "num_skipped_rows": 0}
+    event = {"total_steps": 14, "num_chunks": 2, "resumed_step": 0, "dataset": dataset}
+    assert describe("started", event) == ["started: 14 updates over 2 chunks, 285 rows to train, 15 held out"]
+    dataset |= {"num_truncated_rows": 3, "num_skipped_rows": 1, "num_packed_sequences": 53, "packing_density": 0.9504}
+    assert describe("started", event | {"resumed_step": 4}) == [
+        "started: 14 updates over 2 chunks, 285 rows to train, 15 held out, 3 cut off at seq_len, 1 skipped; "
+        "packed into 53 sequences, 95.0% full, resumed after update 4"
+    ]
