@@ -63,7 +63,6 @@ class DatasetInfo:
     num_rows: int
     """Rows of the file; of a text, its blocks."""
     format: FormatChoice
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def check_dataset(path: str | Path, format: FormatChoice = "auto") -> DatasetInf
     """
     reader = RowReader(path, format)
     num_rows = sum(1 for _ in reader)
-    return DatasetInfo(num_rows, reader.format, sha256_file(Path(path)))
+    return DatasetInfo(num_rows, reader.format)
 
 
 def load_dataset(

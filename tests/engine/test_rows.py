@@ -1,6 +1,5 @@
 """Reading and checking datasets: what is accepted, and what the error says when it is not."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -41,7 +40,6 @@ def test_every_format_is_recognised_and_read(tmp_path, row, format, content):
     path = write(tmp_path / "rows.jsonl", row)
     info = check_dataset(path)
     assert (info.num_rows, info.format) == (1, format)
-    assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [row.content for row in RowReader(path, format)] == [content]
 
 

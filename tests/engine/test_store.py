@@ -1,5 +1,6 @@
 """Tokenized rows on disk: what is kept, when it is used again, and when it is not."""
 
+import hashlib
 import json
 import os
 
@@ -97,6 +98,7 @@ def load(source, folder, seq_len=64, tokenizer=None, **options):
 
 def test_the_same_data_is_tokenized_once(source, tmp_path, tokenized):
     first = load(source, tmp_path / "tokens")
+    assert first.stats.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
     again = load(source, tmp_path / "tokens")
     assert sum(tokenized) == 50
     assert list(again.train) == list(first.train)
