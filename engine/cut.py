@@ -1,9 +1,9 @@
 """Parameters of which only some rows have gradients.
 
 A cut parameter gets the class :class:`CutParameter` while its chunk is active; nothing else about the instance changes.
-The class's ``__torch_function__`` routes linear, embedding and addmm to functions that compute the gradient of the
-active rows only. Any other operation sees an alias whose dense gradient is sliced on arrival: always right, at the
-price of one dense gradient for a moment.
+The class's ``__torch_function__`` routes linear, embedding and addmm, and the ways in which experts are used (indexed,
+grouped_mm, bmm), to functions that compute the gradient of the active rows only. Any other operation sees an alias
+whose dense gradient is sliced on arrival: always right, at the price of one dense gradient for a moment.
 
 Source: ChunkFT, arXiv 2605.21177, section on sub-tensor gradients; the class swap is ours.
 """
@@ -52,6 +52,27 @@ class CutParameter(nn.Parameter):
             return func(*args, **kwargs)
 
 
+class CutTranspose(Tensor):
+    """A 3-D cut parameter with its matrices transposed, as experts are given to grouped_mm; its ``rows`` are not."""
+
+    rows: RowRange
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Like :meth:`CutParameter.__torch_function__`."""
+        return CutParameter.__torch_function__(func, types, args, kwargs)
+
+
+def _transpose(weight: Any, dim0: int, dim1: int) -> Tensor | None:
+    if not isinstance(weight, CutParameter) or weight.dim() != 3 or {dim0 % 3, dim1 % 3} != {1, 2}:
+        return None
+    transposed = weight.rows.weight.transpose(1, 2).as_subclass(CutTranspose)
+    transposed.rows = weight.rows
+    return transposed
+
+
 _DIFFERENTIABLE_GETTERS = {vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH")}
 _METADATA_METHODS = {
     "requires_grad_", "detach", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "untyped_storage",
@@ -84,10 +105,11 @@ class _SliceOfDense(torch.autograd.Function):
 
 
 def _alias(value: Any) -> Any:
-    if not isinstance(value, CutParameter):
+    if not isinstance(value, CutParameter | CutTranspose):
         return value
     rows = value.rows
-    return _SliceOfDense.apply(rows.leaf, rows.weight, rows.start, rows.stop)
+    alias: Tensor = _SliceOfDense.apply(rows.leaf, rows.weight, rows.start, rows.stop)
+    return alias.transpose(1, 2) if isinstance(value, CutTranspose) else alias
 
 
 def autocast_kind(device: torch.device) -> str:
@@ -163,14 +185,90 @@ class _SlicedEmbedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (ids,) = ctx.saved_tensors
         start, stop, padding_idx = ctx.range
-        num_rows = stop - start
-        outside = (ids < start) | (ids >= stop)
-        if padding_idx is not None:
-            outside |= ids == padding_idx
-        # The kernel skips its padding index: rows outside the range go there, to one row that is cut off again.
-        local = (ids - start).masked_fill_(outside, num_rows)
-        dw = torch.ops.aten.embedding_dense_backward(dy, local, num_rows + 1, num_rows, False)
-        return dw[:num_rows].view(-1), None, None, None, None, None
+        return _scattered(dy, ids, (start, stop), padding_idx).view(-1), None, None, None, None, None
+
+
+class _SlicedGroupedProduct(torch.autograd.Function):
+    """y = x Wₑ of each group e of x's rows, with dW of matrices [start, stop) only; ``weight`` may be transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, offsets: Tensor, start: int, stop: int) -> Tensor:
+        ctx.save_for_backward(x, offsets, weight if ctx.needs_input_grad[0] else None)
+        ctx.range, ctx.is_transposed = (start, stop), not weight.is_contiguous()
+        result: Tensor = torch._grouped_mm(x, weight, offs=offsets)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+        x, offsets, weight = ctx.saved_tensors
+        start, stop = ctx.range
+        dy = dy.contiguous()
+        dx = torch._grouped_mm(dy, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
+        begin, end = _group_bounds(offsets, start, stop, x.shape[0])
+        left, right = (dy, x) if ctx.is_transposed else (x, dy)
+        if begin == end:
+            dw = x.new_zeros((stop - start, left.shape[1], right.shape[1]))
+        else:
+            dw = torch._grouped_mm(left[begin:end].t(), right[begin:end], offs=offsets[start:stop] - begin)
+        return dx, dw.view(-1), None, None, None, None
+
+
+def _group_bounds(offsets: Tensor, start: int, stop: int, num_rows: int) -> tuple[int, int]:
+    """First row of group ``start`` and first row after group ``stop - 1``; all rows where values cannot be read."""
+    if offsets.device.type == "meta":
+        return 0, num_rows
+    return int(offsets[start - 1]) if start else 0, int(offsets[stop - 1])
+
+
+class _SlicedBatchedProduct(torch.autograd.Function):
+    """y[e] = x[e] W[e] with dW of matrices [start, stop) only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+        ctx.save_for_backward(x[start:stop], weight if ctx.needs_input_grad[0] else None)
+        ctx.range, ctx.leaf_dtype = (start, stop), leaf.dtype
+        return torch.bmm(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        x_active, weight = ctx.saved_tensors
+        start, stop = ctx.range
+        dx = torch.bmm(dy, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        dw = torch.bmm(x_active.transpose(1, 2), dy[start:stop]).to(ctx.leaf_dtype)
+        return dx, dw.reshape(-1), None, None, None
+
+
+class _SlicedRows(torch.autograd.Function):
+    """weight[ids] with the gradient of rows [start, stop) only, whatever a row's shape."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor, ids: Tensor, start: int, stop: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.range, ctx.num_all_rows = (start, stop), weight.shape[0]
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (ids,) = ctx.saved_tensors
+        ids = ids.remainder(ctx.num_all_rows)
+        dw = _scattered(dy.reshape(*ids.shape, -1), ids, ctx.range)
+        return dw.view(-1), None, None, None, None
+
+
+def _scattered(dy: Tensor, ids: Tensor, active: tuple[int, int], padding_idx: int | None = None) -> Tensor:
+    """Gradient of a table's active rows [start, stop) from that of looked-up rows; the padding row gets none."""
+    start, stop = active
+    num_rows = stop - start
+    outside = (ids < start) | (ids >= stop)
+    if padding_idx is not None:
+        outside |= ids == padding_idx
+    # The kernel skips its padding index: rows outside the range go there, to one row that is cut off again.
+    local = (ids - start).masked_fill_(outside, num_rows)
+    dw: Tensor = torch.ops.aten.embedding_dense_backward(dy, local, num_rows + 1, num_rows, False)
+    return dw[:num_rows]
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
@@ -211,8 +309,55 @@ def _embedding(
     return _SlicedEmbedding.apply(rows.leaf, rows.weight, input, padding_idx, rows.start, rows.stop)
 
 
+def _grouped_mm(
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor | None:
+    is_known = isinstance(weight, CutParameter | CutTranspose) and not isinstance(x, CutParameter | CutTranspose)
+    if not is_known or offs is None or bias is not None or out_dtype is not None or x.dim() != 2:
+        return None
+    rows = weight.rows
+    dense = rows.weight.transpose(1, 2) if isinstance(weight, CutTranspose) else rows.weight
+    return _SlicedGroupedProduct.apply(x, rows.leaf, dense, offs, rows.start, rows.stop)
+
+
+def _bmm(x: Any, weight: Any) -> Tensor | None:
+    if not isinstance(weight, CutParameter) or isinstance(x, CutParameter | CutTranspose):
+        return None
+    if weight.dim() != 3 or x.dim() != 3 or x.shape[0] != weight.shape[0]:
+        return None
+    rows = weight.rows
+    x, dense = autocast_operands(x, rows.weight)
+    return _SlicedBatchedProduct.apply(x, rows.leaf, dense, rows.start, rows.stop)
+
+
+def _getitem(weight: Any, index: Any) -> Tensor | None:
+    if not isinstance(weight, CutParameter) or isinstance(index, bool):
+        return None
+    rows = weight.rows
+    if isinstance(index, Tensor):
+        if index.dtype not in (torch.int64, torch.int32) or index.device.type == "meta":
+            return None
+        if index.dim():
+            return _SlicedRows.apply(rows.leaf, rows.weight, index, rows.start, rows.stop)
+        index = int(index)
+    if not isinstance(index, int):
+        return None
+    row = index % rows.weight.shape[0] if -rows.weight.shape[0] <= index < rows.weight.shape[0] else index
+    if not rows.start <= row < rows.stop:
+        return rows.weight[row]
+    return rows.leaf.view(rows.stop - rows.start, *rows.weight.shape[1:])[row - rows.start]
+
+
 _SLICED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.linear: _linear,
     F.embedding: _embedding,
     torch.addmm: _addmm,
+    torch._grouped_mm: _grouped_mm,
+    torch.bmm: _bmm,
+    torch.matmul: _bmm,
+    torch.Tensor.bmm: _bmm,
+    torch.Tensor.matmul: _bmm,
+    torch.Tensor.__getitem__: _getitem,
+    torch.transpose: _transpose,
+    torch.Tensor.transpose: _transpose,
 }

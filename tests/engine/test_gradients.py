@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine import ParameterStream, activate
+from engine import ParameterStream, activate, cut
+from engine.profiler import CpuProfiler
 from engine.step import StepOptions, Unobserved, forward_backward, prepared
 from tests.engine.families import dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 
@@ -17,7 +18,9 @@ COUNTS = (1, 5, 16)
 def chunk_gradients(model, chunk, loss_of, stream=None):
     """{(name, start, stop): gradient} of one chunk, and whether one of its tensors is cut."""
     with activate(model, chunk, stream) as active:
-        loss_of(model).backward()
+        loss = loss_of(model)
+        if loss.requires_grad:  # not when none of the chunk's rows was looked up
+            loss.backward()
         gradients = {
             (s.name, s.start, s.stop): torch.zeros_like(s.tensor) if s.tensor.grad is None else s.tensor.grad
             for s in active
@@ -102,6 +105,10 @@ USES = {
     "mT": lambda m, w, x: (w.mT @ x.T).T,
     "einsum": lambda m, w, x: torch.einsum("ni,ij->nj", x, w),
     "indexed": lambda m, w, x: x[:, :3] @ w[2:5] + w[7],
+    "rows of both signs": lambda m, w, x: w[torch.tensor([[-1, 2], [-8, 2]])] + w[-2],
+    "a row that is a tensor": lambda m, w, x: w[torch.tensor(3)] * w[5],
+    "masked rows": lambda m, w, x: w[torch.arange(8) % 3 == 0],
+    "a bool": lambda m, w, x: w[True],
     "gathered": lambda m, w, x: w[torch.tensor([1, 1, 6])],
     "weight norm": lambda m, w, x: x @ (w / w.norm(dim=1, keepdim=True)),
     "one plus": lambda m, w, x: x @ (1 + w),
@@ -119,6 +126,71 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_any_operation_gives_the_dense_gradient(use):
     assert_chunks_match(Unusual(use), lambda m: m(), counts=(1, 3, 7))
+
+
+class Experts(nn.Module):
+    """A 3-D weight used in the ways that mixtures of experts use theirs, with an expert that nothing is routed to."""
+
+    def __init__(self, use):
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.weight = nn.Parameter(torch.randn(5, 16, 8))
+        self.register_buffer("x", torch.randn(12, 8))
+        self.register_buffer("offsets", torch.tensor([3, 3, 7, 8, 12], dtype=torch.int32))
+
+    def forward(self):
+        return EXPERTS[self.use](self.weight, self.x, self.offsets).tanh().square().sum()
+
+
+EXPERTS = {
+    "grouped": lambda w, x, o: F.grouped_mm(x, w.transpose(-2, -1), offs=o),
+    "grouped, not transposed": lambda w, x, o: F.grouped_mm(x.repeat(1, 2), w, offs=o),
+    "grouped twice": lambda w, x, o: F.grouped_mm(F.grouped_mm(x, w.transpose(1, 2), offs=o), w, offs=o),
+    "batched": lambda w, x, o: torch.bmm(x[:10].view(5, 2, 8).repeat(1, 1, 2), w),
+    "matmul": lambda w, x, o: x[:10].view(5, 2, 8).repeat(1, 1, 2) @ w,
+    "broadcast": lambda w, x, o: x.repeat(1, 2) @ w,
+    "transposed otherwise": lambda w, x, o: w.transpose(0, 1)[2:4].sum(0) + w.transpose(1, 2).sum((0, 1))[:8],
+    "one by one": lambda w, x, o: torch.cat([F.linear(x[i : i + 2], w[i]) for i in (0, 2, 3, 4, 0)]),
+    "per token": lambda w, x, o: torch.bmm(w[torch.arange(12) % 4], x.unsqueeze(-1)),
+}
+
+
+@pytest.mark.parametrize("use", EXPERTS)
+def test_experts_give_the_dense_gradient(use):
+    assert_chunks_match(Experts(use), lambda m: m(), counts=(1, 2, 3, 5))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_every_implementation_of_experts_gives_the_dense_gradient(family, implementation):
+    model = tiny_model(family)
+    model.set_experts_implementation(implementation)
+    assert_chunks_match(model, own_loss, counts=(7, 16))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_only_the_active_experts_have_a_gradient_in_memory(implementation):
+    peaks = {}
+    for routed in (True, False):
+        profiler = CpuProfiler()
+        with profiler.step(), profiler.phase("load"):
+            model = tiny_model(
+                "mixtral", num_hidden_layers=1, num_local_experts=16, hidden_size=64, intermediate_size=256,
+            )  # fmt: skip
+            model.set_experts_implementation(implementation)
+        stream = ParameterStream(model)
+        index = stream.names.index("model.layers.0.mlp.experts.gate_up_proj")
+        chunk = next(c for c in stream.partition(40) if {s.index for s in c.slices} == {index})
+        numel = stream.infos[index].numel
+        with pytest.MonkeyPatch.context() as patch, activate(model, chunk, stream):
+            if not routed:  # what any other operation gets
+                patch.setattr(cut, "_SLICED", {})
+            with profiler.step(), profiler.phase("forward"):
+                own_loss(model).backward()
+        peaks[routed] = max(sample.allocated_bytes for sample in profiler.samples)
+        assert chunk.num_parameters * 8 < numel
+    assert peaks[False] - peaks[True] > 0.6 * 4 * numel
 
 
 class Head(nn.Module):
