@@ -22,13 +22,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: kin
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from engine import ChunkFT
 from engine.lora import add_adapters
-from engine.models import DTYPES
+from engine.models import DTYPES, attention_for
 from engine.profiler import CpuProfiler
 from engine.spec import TrainingSpec
+from engine.tasks import task_of_config
 from planner import PLANNER_VERSION, PlanRequest, plan
 from planner.residuals import STEP, Residual, residuals
 
@@ -124,6 +125,8 @@ def grid() -> Iterator[Case]:
         yield case("llama", precision=precision, max_grad_norm=None)
         yield from _packed(precision)
     yield from lora_grid()
+    for loss in ("fused", "standard"):
+        yield case("llama", precision="fp16", loss=loss)
     for states in ("keep", "reset"):
         for switch_every in (2, 3):
             yield case("llama", switch_every=switch_every, states=states)
@@ -153,8 +156,8 @@ def build(config: dict[str, Any], training: TrainingSpec) -> PreTrainedModel:
     """The model with random weights, ready to train."""
     parsed = AutoConfig.for_model(**config)
     parsed.use_cache = False
-    model = AutoModelForCausalLM.from_config(
-        parsed, dtype=DTYPES[training.precision], attn_implementation=training.attention
+    model = task_of_config(parsed).auto_class.from_config(
+        parsed, dtype=DTYPES[training.precision], attn_implementation=attention_for(parsed, training.attention)
     )
     return model.train()
 
@@ -181,6 +184,7 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
             add_adapters(model, training.lora)
         tuner = ChunkFT.of(training, model, observer=profiler)
     generator, shape = torch.Generator().manual_seed(0), (training.micro_batch_size, training.seq_len)
+    num_tokens = training.gradient_accumulation_steps * training.micro_batch_size * training.seq_len
     samples = []
     for _ in range(num_cycles * tuner.schedule.updates_per_cycle):
         chunk_index = tuner.visit.chunk_index
@@ -194,7 +198,7 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
                         batches[-1]["position_ids"] = _positions(shape, generator)
                 del ids
             for i, batch in enumerate(batches, start=1):
-                tuner.backward(batch, 1.0, is_last=i == len(batches))
+                tuner.backward(batch, float(num_tokens), is_last=i == len(batches))
             tuner.step()
             del batches, batch
         samples += [Measured(chunk_index, s.phase, s.allocated_bytes) for s in profiler.samples]

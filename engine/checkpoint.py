@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.files import sha256_file, sha256_text, sync_path
+from engine.scaling import LossScale
 from engine.transfer import BlockKey, ChunkStates, States, host_like
 from engine.tuner import ChunkFT
 
@@ -91,6 +92,7 @@ def save_checkpoint(
         "format": _FORMAT,
         "fingerprint": fingerprint,
         "num_updates": tuner.num_updates,
+        "loss_scale": tuner.loss_scale.state() if tuner.loss_scale is not None else None,
         "notes": notes,
         "random_states": _random_states(),
         "files": files,
@@ -130,6 +132,8 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
             elif tuner.expansion is not None:
                 tuner.expansion.load_state_dict(load_file(candidate / name))
         tuner.num_updates = int(manifest["num_updates"])
+        if tuner.loss_scale is not None:
+            tuner.loss_scale = LossScale(**manifest["loss_scale"])
         _restore_random_states(manifest["random_states"])
         return Resumed(tuner.num_updates, manifest["notes"], passed_over)
     return Resumed(0, {}, passed_over)

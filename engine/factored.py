@@ -23,16 +23,19 @@ class FactoredUpdate:
         column: the same of each column, [1, columns].
         decay: how much of both remains.
         clip_rms: the whole update is scaled down to this root mean square.
+        loss_scale: what the gradient is too large by.
     """
 
-    def __init__(self, gradient: Tensor, row: Tensor, column: Tensor, decay: float, clip_rms: float) -> None:
-        self._gradient = gradient
+    def __init__(
+        self, gradient: Tensor, row: Tensor, column: Tensor, decay: float, clip_rms: float, loss_scale: float = 1.0
+    ) -> None:
+        self._gradient, self._loss_scale = gradient, loss_scale
         num_rows, num_columns = gradient.shape
         per_block = max(1, BLOCK_NUMEL // num_columns)
         self.blocks = [slice(begin, begin + per_block) for begin in range(0, num_rows, per_block)]
         columns = torch.zeros_like(column)
         for block in self.blocks:
-            squares = gradient[block].float().square()
+            squares = self._exact(block).square()
             row[block].lerp_(squares.mean(1, keepdim=True), 1.0 - decay)
             columns += squares.sum(0, keepdim=True)
             del squares
@@ -49,7 +52,11 @@ class FactoredUpdate:
         return self._unclipped(block).mul_(self._factor)
 
     def _unclipped(self, block: slice) -> Tensor:
-        return (self._gradient[block].float() * self._row[block]).mul_(self._column)
+        return (self._exact(block) * self._row[block]).mul_(self._column)
+
+    def _exact(self, block: slice) -> Tensor:
+        gradient = self._gradient[block].float()
+        return gradient if self._loss_scale == 1.0 else gradient / self._loss_scale
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

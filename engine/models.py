@@ -66,7 +66,7 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
         parsed.use_cache = False
         with torch.device("meta"), torch.no_grad():
             model: PreTrainedModel = task_of_config(parsed).auto_class.from_config(
-                parsed, dtype=DTYPES[precision], attn_implementation=_attention(parsed, attention)
+                parsed, dtype=DTYPES[precision], attn_implementation=attention_for(parsed, attention)
             )
     except ValueError as error:
         if "attention implementation" in str(error):
@@ -80,7 +80,7 @@ def meta_model(config: dict[str, Any], precision: Precision, attention: str) -> 
     return model
 
 
-def _attention(config: Any, asked: str) -> str:
+def attention_for(config: Any, asked: str) -> str:
     """The implementation to ask for: a model without attention has only the plain one."""
     return asked if hasattr(config, "num_attention_heads") else "eager"
 
@@ -109,7 +109,7 @@ def load_model(folder: str | Path, precision: Precision, attention: str, device:
     model, loading = task_of_config(config).auto_class.from_pretrained(
         folder,
         dtype=DTYPES[precision],
-        attn_implementation=_attention(config, attention),
+        attn_implementation=attention_for(config, attention),
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,

@@ -5,7 +5,7 @@ and leave with its last: with one update per visit they pass through block by bl
 than one block's states, or two where copies run beside the updates (:mod:`engine.transfer`).
 
 Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
-bf16 weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
+16-bit weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
 """
 
 from __future__ import annotations
@@ -64,11 +64,18 @@ class ChunkOptimizer:
         self._lane = lane
         self._visit: Visit | None = None
         self._learning_rate = 0.0
+        self.loss_scale = 1.0
         self._noise = Noise(config.seed)
 
-    def update(self, active: list[ActiveSlice], visit: Visit, learning_rate: float) -> float | None:
-        """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without clipping."""
-        norm = clip_(active, self.config.max_grad_norm)
+    def update(
+        self, active: list[ActiveSlice], visit: Visit, learning_rate: float, loss_scale: float = 1.0
+    ) -> float | None:
+        """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without clipping.
+
+        Gradients are ``loss_scale`` times too large; the norm is not.
+        """
+        norm = clip_(active, self.config.max_grad_norm, loss_scale)
+        self.loss_scale = loss_scale
         self.begin(visit, learning_rate)
         with_gradient = [(i, piece) for i, piece in enumerate(active) if piece.tensor.grad is not None]
         # States that pass through travel from one slice to the next without a pause, where copies run beside updates.
@@ -80,6 +87,15 @@ class ChunkOptimizer:
             passage.close()
         self.finish(active)
         return norm
+
+    def skip(self, active: list[ActiveSlice], visit: Visit) -> None:
+        """Release the gradients without an update; the chunk's step count stays, its states leave when they must."""
+        self.begin(visit, 0.0)
+        self.chunks[visit.chunk_index].num_updates -= 1
+        for piece in active:
+            if piece.tensor.grad is not None:
+                piece.release_gradient()
+        self.finish(active)
 
     def begin(self, visit: Visit, learning_rate: float) -> None:
         """Count an update of the visit's chunk, whose slices are updated next, in any order."""
@@ -200,7 +216,8 @@ class _SliceUpdate:
         factors = self._passage.take((self._ordinal, WHOLE))
         matrix = self._gradient.view(-1, self._num_columns)
         decay = 1.0 - self._states.num_updates**-0.8
-        return FactoredUpdate(matrix, factors["row"].unsqueeze(1), factors["column"].unsqueeze(0), decay, 1.0)
+        row, column = factors["row"].unsqueeze(1), factors["column"].unsqueeze(0)
+        return FactoredUpdate(matrix, row, column, decay, 1.0, self._optimizer.loss_scale)
 
     def _update_block(self, key: BlockKey, numel: int, here: States, factored: FactoredUpdate | None) -> None:
         begin = key[1]
@@ -219,7 +236,10 @@ class _SliceUpdate:
         else:
             moments = _moments(here, self._layout)
             rule, count = RULES[self._config.rule], self._states.num_updates
-            rule(exact, gradient.float(), [m[:numel] for m in moments], count, self._rate, self._config)
+            gradient = gradient.float()
+            if self._optimizer.loss_scale != 1.0:
+                gradient.div_(self._optimizer.loss_scale)
+            rule(exact, gradient, [m[:numel] for m in moments], count, self._rate, self._config)
             _store_moments(moments, here, self._layout, noise)
             del moments
         _write_back(exact, weight, here, noise)
@@ -264,16 +284,21 @@ def _write_back(exact: Tensor, weight: Tensor, here: States, noise: Generator | 
     elif "master" in here:
         weight.copy_(exact)
     else:
-        weight.copy_(stochastic_round_(exact, noise))
+        weight.copy_(stochastic_round_(exact, noise, weight.dtype))
 
 
-def clip_(active: list[ActiveSlice], max_norm: float | None) -> float | None:
-    """Scale the active gradients in place so that their total norm is at most ``max_norm``; returns the norm before."""
+def clip_(active: list[ActiveSlice], max_norm: float | None, loss_scale: float = 1.0) -> float | None:
+    """Scale the active gradients in place so that their total norm is at most ``max_norm``; returns the norm before.
+
+    Both norms are those of the gradients divided by ``loss_scale``.
+    """
     gradients = [piece.tensor.grad for piece in active if piece.tensor.grad is not None]
     if max_norm is None or not gradients:
         return None
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     total = torch.linalg.vector_norm(torch.stack(norms))
+    if loss_scale != 1.0:
+        total.div_(loss_scale)
     factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor)

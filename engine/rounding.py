@@ -1,4 +1,4 @@
-"""bf16 and its fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves over.
+"""16-bit weights and their fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves over.
 
 What stochastic rounding draws depends on the place and the update alone, not on what was drawn before: an update gives
 the same weights whenever in the step it happens.
@@ -12,6 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 _LOW_HALF = 2**16
+_FP16_DIGITS = 11
+_FP16_MIN_EXPONENT = -13
+"""Of torch.frexp, whose mantissa is in [0.5, 1), for fp16's smallest normal number."""
+_FP16_MAX = 65504.0
 
 
 class Noise:
@@ -31,13 +35,30 @@ class Noise:
         return self._generators[device].manual_seed(int.from_bytes(digest))
 
 
-def stochastic_round_(exact: Tensor, noise: Generator | None = None) -> Tensor:
-    """Round fp32 to bf16 values in place, up or down, so that the mean is exact. Returns ``exact``."""
+def stochastic_round_(exact: Tensor, noise: Generator | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round fp32 to values of bf16 or fp16 in place, up or down, so that the mean is exact. Returns ``exact``.
+
+    Beyond fp16's largest number, values become that number: nothing else could be right on average.
+    """
+    if dtype == torch.float16:
+        return _stochastic_round_fp16_(exact, noise)
     bits = exact.view(torch.int32)
     drawn = torch.randint(0, _LOW_HALF, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
     # The low half is cut off after the noise was added: a carry into the high half is rounding up.
     bits.add_(drawn).bitwise_and_(-_LOW_HALF)
     return exact
+
+
+def _stochastic_round_fp16_(exact: Tensor, noise: Generator | None) -> Tensor:
+    """In units of fp16's spacing, which below 2**-14 is that of the subnormals, every product here is exact."""
+    exponent = torch.frexp(exact).exponent.clamp_(min=_FP16_MIN_EXPONENT)
+    unit = torch.ldexp(torch.ones_like(exact), exponent.sub_(_FP16_DIGITS))
+    exact.div_(unit)
+    drawn = torch.rand(exact.shape, dtype=exact.dtype, device=exact.device, generator=noise)
+    # Down to an integer after the noise was added would round the sum first: compare with the fraction instead.
+    floor = exact.floor()
+    exact.sub_(floor).gt_(drawn).add_(floor).mul_(unit)
+    return exact.clamp_(-_FP16_MAX, _FP16_MAX)
 
 
 def join(rounded: Tensor, residual: Tensor) -> Tensor:

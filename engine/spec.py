@@ -117,7 +117,10 @@ class TrainingSpec(SpecModel):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     packing: bool = False
     """Short rows share a sequence of ``seq_len`` tokens without seeing each other."""
-    precision: Literal[Precision.BF16, Precision.FP32] = Precision.BF16
+    precision: Precision = Precision.BF16
+    """Of the weights, and of the computation where ``autocast`` does not say otherwise. fp16 scales the loss."""
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """For fp32 weights: data type of matrix products and the like."""
     optimizer: Optimizer = Optimizer.ADAMW
     activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "full"
     loss: Literal["fused", "standard"] = "fused"
@@ -159,6 +162,25 @@ class TrainingSpec(SpecModel):
         if resolved is not self.schedule.state_dtype:
             object.__setattr__(self, "schedule", self.schedule.model_copy(update={"state_dtype": resolved}))
         return self
+
+    @model_validator(mode="after")
+    def _fp16_is_possible(self) -> TrainingSpec:
+        if self.autocast != "none" and self.precision is not Precision.FP32:
+            raise ValueError("autocast is for fp32 weights: use precision 'fp32', or autocast 'none'")
+        if self.precision is not Precision.FP16 and self.autocast != "fp16":
+            return self
+        if self.update_in_backward:
+            raise ValueError("update_in_backward comes before fp16 can tell whether a gradient overflowed: use bf16")
+        if self.schedule != "auto" and self.schedule.expansion != "none":
+            raise ValueError("expansion updates in backward, before fp16 can tell of an overflow: use bf16")
+        if self.schedule != "auto" and self.schedule.master is Master.RESIDUAL:
+            raise ValueError("master 'residual' is exact for bf16 weights only: use 'fp32' or 'none' with fp16")
+        return self
+
+    @property
+    def scales_loss(self) -> bool:
+        """True when gradients are computed in fp16, and checked for overflow."""
+        return Precision.FP16 in (self.precision, self.autocast)
 
     @model_validator(mode="after")
     def _masters_are_for_bf16(self) -> TrainingSpec:

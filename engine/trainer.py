@@ -25,6 +25,7 @@ from engine.files import sha256_text
 from engine.lora import add_adapters, merge_adapters
 from engine.models import check_model_folder, load_model, load_tokenizer, pad_token_id
 from engine.profiler import Sample, profiler_for, trim_host_memory
+from engine.scaling import MAX_SKIPPED_IN_ROW
 from engine.schedule import expected_updates, few_updates_warning, learning_rate
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
@@ -188,6 +189,7 @@ class Trainer:
                 loss += float(tuner.backward(batch, denominator, is_last=i == len(micro_batches)))
             self._check_loss(loss)
             norm = tuner.step()
+            self._check_skips()
             if norm is not None and not math.isfinite(norm):
                 place = f"update {tuner.num_updates}, chunk {visit.chunk_index}"
                 raise Diverged(f"gradient norm is {norm} at {place}; {self._advice()}")
@@ -215,6 +217,14 @@ class Trainer:
     def _advice(self) -> str:
         rate = self.training.learning_rate
         return f"lower training.learning_rate from {rate:g}, for example to {rate / 10:g}"
+
+    def _check_skips(self) -> None:
+        scale = self.tuner.loss_scale
+        if scale is not None and scale.num_skipped_in_row >= MAX_SKIPPED_IN_ROW:
+            raise Diverged(
+                f"gradients overflowed in {scale.num_skipped_in_row} updates in a row, at a loss scale of "
+                f"{scale.scale:g} still; use precision 'bf16' or 'fp32'"
+            )
 
     def _micro_batches(self, update: int) -> list[dict[str, Tensor]]:
         count = self.training.gradient_accumulation_steps
@@ -295,6 +305,7 @@ class Trainer:
             loss=loss,
             learning_rate=rate,
             grad_norm=norm,
+            skipped=self.tuner.was_skipped,
             num_tokens=num_tokens,
             seconds=seconds,
             eta_seconds=(self.total_steps - step) * self.training_seconds / (step - self.first_step),

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from engine.errors import InputError
@@ -22,6 +23,7 @@ from engine.gradients import Activation, ActiveSlice
 from engine.lora import adapter_rate_factor
 from engine.optimizer import ChunkOptimizer, OptimizerConfig
 from engine.rules import DEFAULT_BETAS
+from engine.scaling import LossScale
 from engine.schedule import Schedule, Visit
 from engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype, TrainingSpec, resolved_state_dtype
 from engine.step import (
@@ -57,6 +59,7 @@ class ChunkFT:
             None and one backward pass per update.
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
+        autocast: data type of matrix products and the like; the weights are fp32.
         packing: rows share sequences, told apart by a batch's ``position_ids``, which start from 0 at every row.
         expansion: ``factored``: parameters above the active chunk take a step too, see :mod:`engine.expansion`.
         expansion_lr: their learning rate, like ``lr``; default a third of it.
@@ -89,6 +92,7 @@ class ChunkFT:
         loss: Literal["fused", "standard"] = "fused",
         activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none",
         packing: bool = False,
+        autocast: Literal["none", "bf16", "fp16"] = "none",
         expansion: Literal["none", "factored"] = "none",
         expansion_lr: float | Callable[[int], float] | None = None,
         parameters: Literal["all", "trainable"] = "all",
@@ -100,10 +104,11 @@ class ChunkFT:
             raise InputError("max_grad_norm", "must be None: update_in_backward never sees the whole chunk's norm")
         if loss == "fused":
             check_fused_loss(model)
-        self.options = StepOptions(loss, activation_checkpointing)
+        self.options = StepOptions(loss, activation_checkpointing, autocast)
         self.packing = packing
         if packing:
             check_packing(model, self.options)
+        _check_precision(model, autocast, Master(master), expansion, update_in_backward)
         self.model = model
         self.task = task_of(model)
         self.stream = ParameterStream(model, only_trainable=parameters == "trainable")
@@ -127,6 +132,8 @@ class ChunkFT:
             rate_factor=rate_factor,
         )
         self.num_updates = 0
+        self.loss_scale = LossScale() if _computes_in_fp16(model, autocast) else None
+        self.was_skipped = False
         # Rates must not refer to the tuner: a cycle would keep its states alive until the collector comes by.
         self.lr = rate = _rate(lr)
         self.expansion = Expansion(model.named_parameters(), seed=seed) if expansion == "factored" else None
@@ -169,6 +176,7 @@ class ChunkFT:
             update_in_backward=training.update_in_backward,
             loss=training.loss,
             activation_checkpointing=training.activation_checkpointing,
+            autocast=training.autocast,
             packing=training.packing,
             expansion=schedule.expansion,
             expansion_lr=expansion_lr,
@@ -221,7 +229,13 @@ class ChunkFT:
             denominator = max(num_counted_tokens(batch["labels"], self.task), 1)
         assert self.active
         self._prepare_updates(is_last)
-        return forward_backward(self.model, batch, denominator, self.options, self._observer)
+        scale = self._scale
+        loss = forward_backward(self.model, batch, denominator / scale, self.options, self._observer)
+        return loss if scale == 1.0 else loss / scale
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.loss_scale is None else self.loss_scale.scale
 
     def _prepare_updates(self, is_last: bool) -> None:
         """Updates that will happen within the backward pass that comes now."""
@@ -236,14 +250,20 @@ class ChunkFT:
             self._has_expanded = is_last
 
     def step(self) -> float | None:
-        """Update the active chunk, and move on when the next one is due. Returns the gradient norm before clipping."""
-        visit = self.visit
+        """Update the active chunk, and move on when the next one is due. Returns the gradient norm before clipping.
+
+        In fp16, gradients that overflowed skip the update: :attr:`was_skipped` says so, and there is no norm.
+        """
+        visit, scale = self.visit, self._scale
+        norm: float | None = None
         with self._observer.phase("optimizer"):
-            if self.optimizer.is_updating:
-                norm = None
+            self.was_skipped = self.loss_scale is not None and not self.loss_scale.accepts(self.active)
+            if self.was_skipped:
+                self.optimizer.skip(self.active, visit)
+            elif self.optimizer.is_updating:
                 self.optimizer.finish(self.active)
             else:
-                norm = self.optimizer.update(self.active, visit, self.lr(self.num_updates))
+                norm = self.optimizer.update(self.active, visit, self.lr(self.num_updates), scale)
         self.num_updates += 1
         self._has_expanded = False
         if visit.is_last:
@@ -266,6 +286,24 @@ class ChunkFT:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _computes_in_fp16(model: nn.Module, autocast: str) -> bool:
+    return autocast == "fp16" or any(parameter.dtype == torch.float16 for parameter in model.parameters())
+
+
+def _check_precision(model: nn.Module, autocast: str, master: Master, expansion: str, in_backward: bool) -> None:
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if autocast != "none" and dtypes != {torch.float32}:
+        raise InputError("autocast", f"is for fp32 weights; this model's are {', '.join(sorted(map(str, dtypes)))}")
+    if torch.float16 in dtypes and master is Master.RESIDUAL:
+        raise InputError("master", "'residual' is exact for bf16 weights only; use 'fp32' or 'none' for fp16")
+    if not _computes_in_fp16(model, autocast):
+        return
+    if expansion != "none":
+        raise InputError("expansion", "updates in backward, before fp16 can tell whether a gradient overflowed")
+    if in_backward:
+        raise InputError("update_in_backward", "updates before fp16 can tell whether a gradient overflowed")
 
 
 def _rate(given: float | Callable[[int], float]) -> Callable[[int], float]:

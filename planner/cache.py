@@ -37,6 +37,7 @@ _TRACED_CODE = {
         "quantise",
         "rounding",
         "rules",
+        "scaling",
         "states",
         "step",
         "stream",
@@ -83,6 +84,7 @@ class TraceStore:
             "micro_batch_size",
             "packing",
             "precision",
+            "autocast",
             "activation_checkpointing",
             "loss",
             "attention",
@@ -138,7 +140,8 @@ class TraceStore:
         training = self._training
         kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
         shape = (numel, num_columns if training.optimizer is Optimizer.ADAFACTOR else 1)
-        key = repr((shape, training.optimizer.value, training.trained_precision.value, kept, comes, leaves, is_shared))
+        weights = (training.trained_precision.value, training.scales_loss)
+        key = repr((shape, training.optimizer.value, weights, kept, comes, leaves, is_shared))
         if key not in self._steps:
             known = self._content["updates"].get(key)
             if known is None:

@@ -204,7 +204,7 @@ class Footprints:
             seconds += self._seconds(summary.work) * summary.num_copies
         seconds += others * sum(self._seconds(summary.work) * summary.num_copies for summary in accumulated)
         updates = [self._update(piece, schedule, update) for piece in chunk.slices]
-        if training.max_grad_norm is not None:
+        if training.max_grad_norm is not None or training.scales_loss:  # both take the norm of every gradient
             clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
             moments.append(Moment("optimizer", "clip", seconds, max(clips, key=sum)))
             seconds += sum(self._seconds(phases["clip"].work) for phases in updates)

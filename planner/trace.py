@@ -46,6 +46,8 @@ class ModelTracer:
     """
 
     def __init__(self, config: dict[str, Any], training: TrainingSpec, device_kind: str) -> None:
+        if training.autocast != "none":
+            raise InputError("training.autocast", "cannot be planned yet; use 'none'")
         self.training = training
         self.device_kind = device_kind
         with _refusals("building the model"):

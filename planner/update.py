@@ -53,6 +53,7 @@ def trace_update(
         master=schedule.master,
     )
     optimizer = ChunkOptimizer(config, Lane(ahead=0 if device_kind == "cpu" else 1))
+    optimizer.loss_scale = 2.0 if training.scales_loss else 1.0
     states = optimizer.chunks[0] = ChunkStates()
     optimizer.begin(Visit(0, 0, 0, is_first=comes, is_last=leaves), 1e-3)
     _fill(states, StateLayout.of(training, schedule), numel, num_columns, on_device=not comes)
@@ -74,7 +75,7 @@ def trace_update(
         mode.enter_segment("gradient", EMBED)
         leaf.grad = torch.empty_like(leaf, requires_grad=False)
         mode.enter_segment("clip", EMBED)
-        clip_([piece], 1.0)
+        clip_([piece], 1.0, optimizer.loss_scale)
         mode.enter_segment("optimizer", EMBED)
         optimizer.update_slice(0, piece, passage)
         mode.enter_segment("end", EMBED)

@@ -34,6 +34,8 @@ CASES = [
     case("gpt_neox", num_chunks=3, precision="bf16"),
     case("opt", num_chunks=3),
     case("gemma2", num_chunks=3),
+    case("llama", num_chunks=3, precision="fp16"),
+    case("gpt2", num_chunks=3, precision="fp16", master="fp32", max_grad_norm=None),
     case("llama", num_chunks=3, packing=True, activation_checkpointing="none", gradient_accumulation_steps=2),
     case("mistral", num_chunks=3, packing=True, precision="bf16"),
     case("gpt2", num_chunks=3, packing=True, attention="eager"),
