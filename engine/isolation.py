@@ -49,6 +49,8 @@ def check_isolation(model: nn.Module, loss_of: LossOf) -> None:
             packed = loss_of({"input_ids": ids, "labels": labels, "position_ids": positions})
         except (TypeError, ValueError) as error:
             raise _refusal(model, "takes no position ids") from error
+        if not embedded:
+            raise _refusal(model, "does not call its input embedding, which packing is checked by")
         gradients = torch.autograd.grad(packed, embedded, allow_unused=True)
         with torch.no_grad():
             alone = loss_of({"input_ids": ids[:, _FIRST:], "labels": labels[:, _FIRST:]})

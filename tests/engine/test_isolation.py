@@ -175,6 +175,13 @@ def test_a_model_that_takes_no_positions_is_refused():
         check_isolation(model, loss_of)
 
 
+def test_a_model_that_cannot_be_checked_is_refused():
+    model, embedding = tiny_model("llama"), tiny_model("llama").get_input_embeddings()
+    model.get_input_embeddings = lambda: embedding  # not the one that it calls
+    with pytest.raises(InputError, match="does not call its input embedding"):
+        check_packing(model, StepOptions())
+
+
 def test_positions_come_with_packing_and_only_with_it():
     batch = packed_batch()
     with (

@@ -71,6 +71,20 @@ def peak_bytes(summaries):
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("device", "changes"), SPECS, ids=["full", "none", "chosen"])
 def test_composed_step_equals_the_whole_model(family, device, changes):
+    assert_composed_is_whole(family, device, changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "checkpointing"),
+    [("llama", "cpu", "full"), ("mistral", "cuda", "none"), ("gemma2", "cuda", {"layers": [0, 1, 4]})],
+    ids=["full", "none", "chosen"],
+)
+def test_a_mask_that_all_layers_share_is_composed_too(family, device, checkpointing):
+    changes = {"packing": True, "seq_len": 64, "activation_checkpointing": checkpointing}
+    assert_composed_is_whole(family, device, changes)
+
+
+def assert_composed_is_whole(family, device, changes):
     tracer = tracer_of(family, changes, device)
     structure = tracer.structure()
     for num_chunks, index in ((1, 0), (7, 0), (7, 3), (7, 6)):
