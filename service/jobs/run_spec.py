@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from engine.naming import output_name, output_prefix
+from engine.readers import is_running_text
 from engine.schedule import expected_updates, few_updates_warning
 from engine.spec import JobRequest, JobTraining, RunSpec, ScheduleSpec
 from planner.catalog import find_model
@@ -64,9 +65,14 @@ def base_name(request: JobRequest) -> str | None:
     return find_model(request.model).hf_name if isinstance(request.model, str) else None
 
 
-def settings_warnings(training: JobTraining, num_rows: int, eval_fraction: float) -> list[str]:
-    """What a user should know of the settings before a job runs, as far as its length is known."""
+def settings_warnings(training: JobTraining, dataset: Path, num_rows: int, eval_fraction: float) -> list[str]:
+    """What a user should know of the settings before a job runs, as far as its length is known.
+
+    How many sequences a text or packed rows make is known when they are tokenized; the run itself warns then.
+    """
     assert isinstance(training.schedule, ScheduleSpec)
+    if training.max_steps is None and (training.packing or is_running_text(dataset)):
+        return []
     num_batches = max(1, int(num_rows * (1 - eval_fraction)) // training.micro_batch_size)
     warning = few_updates_warning(training.schedule, expected_updates(training, num_batches))
     return [] if warning is None else [warning]

@@ -79,7 +79,9 @@ class JobService:
             device_kind=prepared.device.kind,
             num_rows=prepared.num_rows,
             training=prepared.training.model_dump(mode="json"),
-            warnings=settings_warnings(prepared.training, prepared.num_rows, request.dataset.eval_fraction),
+            warnings=settings_warnings(
+                prepared.training, prepared.dataset_path, prepared.num_rows, request.dataset.eval_fraction
+            ),
         )
 
     def submit(self, request: JobRequest, idempotency_key: str | None) -> Answer:

@@ -58,6 +58,10 @@ def test_outputs_are_numbered_and_short_runs_are_warned_about(client, dataset):
     answer = client.post("/v1/jobs", params={"dry_run": True}, json=job_request(dataset)).json()
     assert answer["warnings"] == [warning]
     assert client.post("/v1/jobs", params={"dry_run": True}, json=epochs).json()["warnings"] == []
+    short = {"max_steps": None, "epochs": 0.1}
+    for options, num_warnings in ((short, 1), (short | {"packing": True}, 0)):  # packed rows make nobody knows how many
+        answer = client.post("/v1/jobs", params={"dry_run": True}, json=job_request(dataset, **options)).json()
+        assert len(answer["warnings"]) == num_warnings
     named = client.post("/v1/jobs", json=job_request(dataset, max_steps=40) | {"output": {"name": "welders"}}).json()
     assert (named["output_name"], named["warnings"]) == ("welders", [])
 
