@@ -127,6 +127,16 @@ def grid() -> Iterator[Case]:
     yield from lora_grid()
     for loss in ("fused", "standard"):
         yield case("llama", precision="fp16", loss=loss)
+    for optimizer in ("adamw8bit", "adafactor", "lion", "adagrad"):
+        yield case("llama", optimizer=optimizer, num_chunks=3)
+        yield case("llama-tied", optimizer=optimizer, precision="bf16", switch_every=2)
+    for master in ("residual", "fp32"):
+        yield case("llama", precision="bf16", master=master, state_dtype="int8", num_chunks=2)
+    for model in ("llama", "llama-tied", "gpt2"):
+        within: dict[str, Any] = {"update_in_backward": True, "max_grad_norm": None}
+        yield case(model, num_chunks=1, **within)
+        yield case(model, precision="bf16", num_chunks=4, switch_every=2, **within)
+        yield case(model, expansion="factored", num_chunks=4, gradient_accumulation_steps=2)
     for states in ("keep", "reset"):
         for switch_every in (2, 3):
             yield case("llama", switch_every=switch_every, states=states)

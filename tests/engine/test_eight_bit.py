@@ -79,7 +79,7 @@ def test_numbers_that_are_not_finite_stay_visible():
     assert torch.equal(kept[256:], torch.ones(256))
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("rule", ["adamw", "lion", "adagrad"])
 def test_a_run_stays_close_to_one_with_fp32_states(rule):
     final = {}
     for state_dtype in ("fp32", "int8"):
