@@ -127,6 +127,11 @@ def grid() -> Iterator[Case]:
     yield from lora_grid()
     for loss in ("fused", "standard"):
         yield case("llama", precision="fp16", loss=loss)
+    yield from _update_grid()
+
+
+def _update_grid() -> Iterator[Case]:
+    """Optimizers, their states, masters, updates in backward, visits of several updates."""
     for optimizer in ("adamw8bit", "adafactor", "lion", "adagrad"):
         yield case("llama", optimizer=optimizer, num_chunks=3)
         yield case("llama-tied", optimizer=optimizer, precision="bf16", switch_every=2)
