@@ -21,42 +21,43 @@ from engine.states import SCALED_NUMEL
 
 _NUM_DECADES = 7
 _PIECE_NUMEL = 2**19
-"""Elements quantised at a time: bounds the temporaries to some 16 MiB."""
+"""Elements quantised at a time: bounds the temporaries to some 10 MiB."""
 _SIGN = 128
 _HALF = 16
-"""Bits of fp32 below those that look up a level."""
+_LOW_BITS = 2**_HALF - 1
+"""Bits of fp32 that bf16 lacks."""
 
 
 class Tables(NamedTuple):
-    """Levels of magnitudes in [0, 1], ascending from 0, one more beyond the last; and who is next below a number."""
+    """A map of codes. All its levels are bf16 numbers, so that between two of those lies none."""
 
-    levels: Tensor
-    gaps: Tensor
-    """Distance to the next level; infinite at the last, from which nothing rounds up."""
     values: Tensor
-    """What each of the 256 codes stands for."""
+    """What each of the 256 codes stands for, fp32."""
     lower: Tensor
-    """Index of the largest level that is not above a number, by the upper half of the number's bits."""
+    """The largest level that is not above a bf16 number in [0, 1], by the number's bits; uint8."""
+    chances: Tensor
+    """Of the number to be rounded up from there, in units of 2⁻¹⁵; int32."""
 
 
 @cache
 def tables(is_signed: bool, device: torch.device) -> Tables:
     """The map of signed (127 magnitudes and a sign) or unsigned (254 magnitudes) values."""
     decades = [
-        torch.linspace(0.1, 1.0, 2**i * (1 if is_signed else 2) + 1, dtype=torch.float64)[1:] * 10.0 ** (i + 1 - 7)
+        torch.linspace(0.1, 1.0, 2**i * (1 if is_signed else 2) + 1)[1:] * 10.0 ** (i + 1 - _NUM_DECADES)
         for i in range(_NUM_DECADES)
     ]
-    levels = torch.cat([torch.zeros(1, dtype=torch.float64), *decades]).float()
-    beyond = torch.cat([levels, torch.tensor([torch.inf])])
+    levels = torch.cat([torch.zeros(1), *decades]).bfloat16().float()
     numbers = torch.arange((int(torch.ones(1).view(torch.int32)) >> _HALF) + 1, dtype=torch.int32)
-    lower = torch.searchsorted(levels, (numbers << _HALF).view(torch.float32), right=True) - 1
+    magnitudes = (numbers << _HALF).view(torch.float32)
+    lower = torch.searchsorted(levels, magnitudes, right=True) - 1
+    gaps = levels.diff(append=torch.full((1,), torch.inf))
+    chances = (magnitudes - levels[lower]).div_(gaps[lower]).mul_(2**15).round_()
     values = torch.cat([levels, -levels]) if is_signed else torch.nn.functional.pad(levels, (0, 1))
-    found = Tables(beyond, beyond.diff(), values, lower.to(torch.uint8))
-    return Tables(*(table.to(device) for table in found))
+    return Tables(values.to(device), lower.to(device, torch.uint8), chances.to(device, torch.int32))
 
 
 for _is_signed in (True, False):
-    tables(_is_signed, torch.device("cpu"))  # 20 KB each that live as long as the process, not within a step's record
+    tables(_is_signed, torch.device("cpu"))  # 80 KB each that live as long as the process, not within a step's record
 
 
 def dequantise(codes: Tensor, scales: Tensor, is_signed: bool) -> Tensor:
@@ -84,17 +85,15 @@ def quantise(exact: Tensor, codes: Tensor, scales: Tensor, is_signed: bool, nois
 
 
 def _codes(normalised: Tensor, is_signed: bool, noise: Generator | None) -> Tensor:
-    levels, gaps, _, lower = tables(is_signed, normalised.device)
-    magnitude = normalised.abs() if is_signed else normalised
-    # The upper half of the bits finds the level to within one; one comparison finds it exactly.
-    upper = magnitude.view(torch.int32).bitwise_right_shift(_HALF)
-    # NaN has no level: it takes the last, and its scale is NaN too.
-    index = torch.index_select(lower, 0, upper.clamp_(0, lower.numel() - 1)).int()
-    del upper
-    index.add_((magnitude >= torch.index_select(levels, 0, index + 1)).int())
-    rest = magnitude - torch.index_select(levels, 0, index)
-    share = torch.rand(rest.shape, dtype=torch.float32, device=rest.device, generator=noise)
-    index.add_((rest > share.mul_(torch.index_select(gaps, 0, index))).int())
+    """Rounds to bf16 first, then to a level: both at random and right on average. Draws 31 bits per element."""
+    _, lower, chances = tables(is_signed, normalised.device)
+    bits = (normalised.abs() if is_signed else normalised).view(torch.int32)
+    drawn = torch.empty_like(bits).random_(generator=noise)
+    index = drawn.bitwise_and(_LOW_BITS).add_(bits).bitwise_right_shift_(_HALF)
+    index.clamp_(0, lower.numel() - 1)  # NaN has no level; its scale is NaN too
+    codes = torch.index_select(lower, 0, index)
+    is_up = drawn.bitwise_right_shift_(_HALF) < torch.index_select(chances, 0, index)
+    codes.add_(is_up.to(torch.uint8))
     if is_signed:
-        return index.add_((normalised < 0).int().mul_(_SIGN))
-    return index.maximum((normalised > 0).int())
+        return codes.add_((normalised < 0).to(torch.uint8).mul_(_SIGN))
+    return codes.maximum((normalised > 0).to(torch.uint8))

@@ -34,11 +34,11 @@ def test_no_value_is_further_off_than_a_level_of_its_decade(is_signed, error):
     exact = exact if is_signed else exact.square()
     largest = exact.view(-1, 256).abs().amax(1).repeat_interleave(256)
     share = exact.abs() / largest
-    # Levels are spaced by at most 0.9 / n of their decade's upper end, with half as many in the decade below.
+    # Levels are spaced by 0.9 / n of their decade's upper end, to the next bf16 number, and half as many in the next.
     decade = torch.where(share > 0, 10.0 ** share.clamp(min=1e-7).log10().ceil(), 0.0)
     levels_off = (stored(exact, is_signed) - exact).abs() / largest / error
     allowed = decade * (1 / decade.clamp(min=1e-7)).log10().exp2()
-    assert (levels_off[share > 1e-6] <= 1.001 * allowed[share > 1e-6]).all()
+    assert (levels_off[share > 1e-6] <= 1.12 * allowed[share > 1e-6]).all()
 
 
 @pytest.mark.parametrize("is_signed", [True, False])
