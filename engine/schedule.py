@@ -95,7 +95,7 @@ def expected_updates(training: JobTraining, num_batches_per_epoch: int) -> int:
 
 
 HANDFUL = 5
-"""Updates of a parameter below which a run hardly trains it."""
+"""Updates of a parameter that a run should make at least."""
 
 
 def few_updates_warning(schedule: ScheduleSpec, num_updates: int) -> str | None:
@@ -117,5 +117,5 @@ def few_updates_warning(schedule: ScheduleSpec, num_updates: int) -> str | None:
         fixes.append("expansion 'factored'")
     return (
         f"{num_updates} updates over {num_chunks} chunks change each parameter only about {times:.2g} times, "
-        f"which hardly trains it: use {', '.join(fixes[:-1])}{' or ' if len(fixes) > 1 else ''}{fixes[-1]}"
+        f"too few for most fine-tuning: use {', '.join(fixes[:-1])}{' or ' if len(fixes) > 1 else ''}{fixes[-1]}"
     )

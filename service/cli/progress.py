@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service.cli.output import console, duration, gibibytes, number
+from service.cli.output import console, count, duration, gibibytes, number
 
 _LINE_SECONDS = 10.0
 """Between two plain lines about steps."""
@@ -129,4 +129,6 @@ def _started(data: Mapping[str, Any]) -> str:
     if dataset.get("num_packed_sequences"):
         rows += f"; packed into {dataset['num_packed_sequences']} sequences, {dataset['packing_density']:.1%} full"
     resumed = f", resumed after update {data['resumed_step']}" if data["resumed_step"] else ""
-    return f"started: {data['total_steps']} updates over {data['num_chunks']} chunks, {rows}{resumed}"
+    trained = data.get("num_trainable_parameters", data["num_parameters"])
+    over = f"over {data['num_chunks']} chunks" if data["num_chunks"] > 1 else f"of {count(trained)} parameters"
+    return f"started: {data['total_steps']} updates {over}, {rows}{resumed}"

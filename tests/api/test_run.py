@@ -10,7 +10,7 @@ from tests.api.requests import job_request
 
 
 @pytest.mark.slow
-def test_a_run_from_submission_to_residuals(start_server, dataset):
+def test_a_run_from_submission_to_residuals(start_server, dataset, tmp_path):
     server = start_server()
     job_id = server.post("/v1/jobs", job_request(dataset, max_steps=8))["id"]
     streamed = read_stream(server, job_id)
@@ -54,6 +54,9 @@ def test_a_run_from_submission_to_residuals(start_server, dataset):
     (usage,) = server.get("/v1/dashboard/usage")["data"]
     assert (usage["num_jobs"], usage["num_steps"]) == (1, 8)
     assert "chunkplan_residual_ratio_count 4.0" in server.http.get("/metrics").text
+    run_dir = tmp_path / "var" / "jobs" / job_id
+    assert not (run_dir / "checkpoints").exists(), "nothing resumes a job that has succeeded"
+    assert list((run_dir / "tensorboard").iterdir())
     assert not any("libtorch" in region.path for region in psutil.Process(server.pid).memory_maps())
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -96,6 +98,46 @@ def test_the_card_tells_the_run(tmp_path):
         assert line in card
     assert "epochs" not in card
     assert base_license(tmp_path / "welders") == "apache-2.0"
+
+
+def test_the_card_tells_how_the_loss_went_what_was_planned_and_with_what(tmp_path):
+    held_out = [(update, 5.0 - update / 100) for update in range(0, 301, 5)]
+    card = replace(
+        CARD,
+        dataset_name="titles.jsonl",
+        predicted_peak_bytes=701 << 20,
+        held_out_losses=held_out,
+        training_losses=[(30, 4.5), (60, 3.25)],
+    ).render()
+    for line in (
+        "| data file | titles.jsonl |",
+        "| trained parameters | 134,515,008 |",
+        "| predicted peak memory | 701.0 MiB allocated |",
+        "## Held-out loss",
+        "| 0 | 5.0000 |",
+        "| 300 | 2.0000 |",
+        "## Training loss",
+        "| 60 | 3.2500 |",
+        f"| torch | {version('torch')} |",
+        f"| transformers | {version('transformers')} |",
+        "All parameters of smollm2-135m-instruct, fine-tuned with chunkplan.",
+    ):
+        assert line in card
+    section = card.split("## Held-out loss")[1].split("## ")[0]
+    assert len([line for line in section.splitlines() if line.startswith("| ")]) == 1 + 20  # of 61, evenly
+
+
+def test_the_card_of_an_adapter_says_so():
+    adapter = replace(CARD, method="lora", is_adapter=True, adapter={"rank": 8}, num_trainable_parameters=4_884_480)
+    card = adapter.render()
+    assert 'library_name: "peft"' in card
+    assert "A LoRA adapter of smollm2-135m-instruct, trained with chunkplan." in card
+    assert "| trained parameters | 4,884,480 |" in card
+    assert "## Adapter" in card
+    assert "| rank | 8 |" in card
+    merged = replace(adapter, is_adapter=False).render()
+    assert 'library_name: "transformers"' in merged
+    assert "smollm2-135m-instruct with a LoRA adapter merged into its weights" in merged
 
 
 def test_a_base_without_a_card_has_no_known_license(tmp_path):

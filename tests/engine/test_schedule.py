@@ -99,7 +99,7 @@ def test_with_one_chunk_cycles_are_updates():
 def test_a_run_that_hardly_updates_each_parameter_is_told_so():
     warning = few_updates_warning(ScheduleSpec(num_chunks=8, switch_every=2), 16)
     assert warning == (
-        "16 updates over 8 chunks change each parameter only about 2 times, which hardly trains it: "
+        "16 updates over 8 chunks change each parameter only about 2 times, too few for most fine-tuning: "
         "use at least 40 updates, at most 3 chunks or expansion 'factored'"
     )
     assert few_updates_warning(ScheduleSpec(num_chunks=8), 39) is not None
