@@ -43,6 +43,8 @@ class ModelCard:
     loss_after: float | None
     license: str = "other"
     """SPDX-like id in lower case, as the base model's card gives it."""
+    pipeline_tag: str = "text-generation"
+    """What hubs call the model's task."""
     is_adapter: bool = False
     """The folder holds an adapter of the base model, not a model."""
     adapter: Mapping[str, object] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class ModelCard:
             "license": self.license,
             "base_model": self.base_model,
             "library_name": "peft" if self.is_adapter else "transformers",
-            "pipeline_tag": "text-generation",
+            "pipeline_tag": self.pipeline_tag,
             "tags": ["chunkplan", self.method],
         }
         trainable = self.num_trainable_parameters

@@ -32,7 +32,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # other readers expect an integer
         lora_dropout=spec.dropout,
         target_modules=targets,
         task_type=_TASK_TYPES.get(task_of(model)),

@@ -30,12 +30,17 @@ from engine.schedule import expected_updates, few_updates_warning, learning_rate
 from engine.spec import RunSpec, ScheduleSpec
 from engine.step import evaluate, num_counted_tokens
 from engine.store import remove_store
-from engine.tasks import BatchPreparation
+from engine.tasks import BatchPreparation, Task
 from engine.tuner import ChunkFT
 
 Report = Callable[..., None]
 
 
+_PIPELINE_TAGS = {
+    Task.CAUSAL: "text-generation",
+    Task.MASKED: "fill-mask",
+    Task.SEQ2SEQ: "text2text-generation",
+}
 _NUM_LOSS_SPANS = 10
 """Rows of the training losses in the model card."""
 
@@ -335,6 +340,7 @@ class Trainer:
             name=run.output_name,
             base_model=run.model_name or Path(run.model_path).name,
             method=self.training.method,
+            pipeline_tag=_PIPELINE_TAGS[self.tuner.task],
             is_adapter=self.training.lora is not None and not run.merge,
             schedule=self.schedule.model_dump(mode="json"),
             hyper_parameters=self.training.model_dump(mode="json", exclude={"schedule", "method", "lora"}),

@@ -129,6 +129,7 @@ def _started(data: Mapping[str, Any]) -> str:
     if dataset.get("num_packed_sequences"):
         rows += f"; packed into {dataset['num_packed_sequences']} sequences, {dataset['packing_density']:.1%} full"
     resumed = f", resumed after update {data['resumed_step']}" if data["resumed_step"] else ""
-    trained = data.get("num_trainable_parameters", data["num_parameters"])
-    over = f"over {data['num_chunks']} chunks" if data["num_chunks"] > 1 else f"of {count(trained)} parameters"
+    over = f"over {data['num_chunks']} chunks"
+    if data["num_chunks"] == 1:
+        over = f"of {count(data.get('num_trainable_parameters', data.get('num_parameters')))} parameters"
     return f"started: {data['total_steps']} updates {over}, {rows}{resumed}"

@@ -139,7 +139,7 @@ def test_peft_loads_the_exported_adapter_and_computes_the_same(tmp_path, family)
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
     assert "model.safetensors" not in names
     config = json.loads((tmp_path / "welders" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("acme/tiny", 4, 8.0)
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("acme/tiny", 4, 8)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "welders").eval()
     with torch.no_grad():
         actual = loaded(input_ids=tiny_batch()["input_ids"]).logits

@@ -55,3 +55,6 @@ def test_the_start_of_a_run_says_what_became_of_the_rows():
         "started: 14 updates over 2 chunks, 285 rows to train, 15 held out, 3 cut off at seq_len, 1 skipped; "
         "packed into 53 sequences, 95.0% full, resumed after update 4"
     ]
+    adapter = {"num_chunks": 1, "num_parameters": 139_000_000, "num_trainable_parameters": 4_884_480}
+    (line,) = describe("started", event | adapter)
+    assert line.startswith("started: 14 updates of 4.9 M parameters, 285 rows")
