@@ -137,7 +137,7 @@ class Trainer:
             self.model = load_model(run.model_path, training.precision, training.attention, run.device)
             if training.lora is not None:
                 add_adapters(self.model, training.lora)
-        self.loss_watch = LossWatch(self.model.config.get_text_config().vocab_size)
+        self.loss_watch = LossWatch(getattr(self.model.config.get_text_config(), "vocab_size", 2**20))
         self.load_samples = self.profiler.samples
         self.prepare_batch = BatchPreparation(self.model, self.tokenizer, training.seq_len, training.seed)
         trim_host_memory()

@@ -127,7 +127,9 @@ def _attempt_number(folder: Path, spec: RunSpec) -> int:
     if not job_file.exists():
         return 1
     try:
-        is_same = RunSpec.model_validate_json(job_file.read_text(encoding="utf-8")) == spec
+        begun = RunSpec.model_validate_json(job_file.read_text(encoding="utf-8"))
+        # The job is the same whatever today's plan of it says: that depends on the planner's version and on threads.
+        is_same = begun.model_copy(update={"predicted_peak_bytes": spec.predicted_peak_bytes}) == spec
     except ValueError:
         is_same = False
     if not is_same:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -66,12 +67,15 @@ def test_an_output_is_named_after_its_parts_and_keeps_its_name(chunkplan, job_fi
         if name.startswith("CHUNKPLAN_"):
             monkeypatch.setenv(name, value)
 
-    def prepared(**changes):
+    def prepared(planned_bytes=None, **changes):
         run = prepare(read_job_file(job_file(**changes)), None, None)
+        assert run.spec.predicted_peak_bytes == run.plan.peak.allocated_bytes
+        if planned_bytes is not None:
+            run = replace(run, spec=run.spec.model_copy(update={"predicted_peak_bytes": planned_bytes}))
         run.write()
         return run.spec.output_name
 
-    assert prepared() == "smollm2-135m-instruct-chunkft-chats-v1"
+    assert prepared(planned_bytes=1) == "smollm2-135m-instruct-chunkft-chats-v1"  # by another version's planner
     assert prepared(name="again") == "smollm2-135m-instruct-chunkft-chats-v2"
     assert prepared() == "smollm2-135m-instruct-chunkft-chats-v1"  # the same job, to be resumed
     lora = {"method": "lora", "schedule": {}}
