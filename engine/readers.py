@@ -136,6 +136,8 @@ def _json_errors(place: str, what: str = "") -> Iterator[None]:
 
 def _json_lines(file: BinaryIO) -> Iterator[RawRow]:
     for number, line in _lines(file):
+        if number == 1 and line.lstrip().startswith(b"["):
+            raise bad_row("line 1", "an array begins here; name the file .json, or put one object on each line")
         if not line.isspace():
             place = f"line {number}"
             text = _decoded(place, line)
@@ -242,6 +244,8 @@ def _records(file: BinaryIO, delimiter: str) -> Iterator[RawRow]:
             continue
         if header is None:
             header = [name.strip() for name in cells]
+            if len(header) == 1 and ";" in header[0]:
+                raise bad_row(place, f"the header has no {delimiter!r}; separate columns by it, not by ';'")
             if len(set(header)) < len(header):
                 raise bad_row(place, "the header names a column twice")
             continue

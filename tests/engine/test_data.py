@@ -1,7 +1,10 @@
 """Splits, batches and tensors."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -9,6 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from engine.data import Batches, Example, collate, load_dataset
 from engine.errors import InputError
 from tests.tiny import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -132,3 +137,39 @@ def test_padding_does_not_change_the_loss():
     padded = collate([example], pad_token_id=2, seq_len=512)
     bare = {key: value[:, :40] for key, value in padded.items()}
     assert model(**padded).loss.item() == pytest.approx(model(**bare).loss.item(), rel=1e-6)
+
+
+MEMORY_SCRIPT = """
+import sys
+from pathlib import Path
+from engine.data import Batches, load_dataset
+from tests.tiny import tiny_tokenizer
+
+small, large = map(Path, sys.argv[1:])
+tokenizer = tiny_tokenizer()
+load_dataset(small, "auto", tokenizer, 256, 0.1, 0, packing=True, folder=small.with_name("a"))
+Path("/proc/self/clear_refs").write_text("5")
+before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+splits = load_dataset(large, "auto", tokenizer, 256, 0.1, 0, packing=True, folder=small.with_name("b"))
+batches = Batches(splits.train, 8, 0)
+for index in range(batches.num_batches_per_epoch):
+    batches.batch(index)
+print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) - before)
+print(splits.stats.num_train_tokens)
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """benchmarks/data_memory.py does the same with 1 GB. Lists of these tokens would take 15 MB and more."""
+    small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"
+    rows = [
+        json.dumps({"text": f"the title {i} of a metal worker is welder " * (1 + i % 19)}) + "\n" for i in range(400)
+    ]
+    small.write_text("".join(rows))
+    with large.open("w") as file:
+        for _ in range(15):
+            file.writelines(rows)
+    command = [sys.executable, "-c", MEMORY_SCRIPT, str(small), str(large)]
+    growth_kib, num_tokens = map(int, subprocess.check_output(command, text=True, cwd=ROOT).split())
+    assert num_tokens > 600_000
+    assert growth_kib < 8 * 1024

@@ -101,6 +101,8 @@ def test_a_text_is_read_in_blocks_that_end_where_it_pauses(tmp_path, monkeypatch
         ("a.json", b" [ ] ", "a.json has no rows"),
         ("a.csv", b"", "a.csv has no rows"),
         ("a.csv", b"text\n", "a.csv has no rows"),
+        ("a.jsonl", b'[{"text": "a"}]\n', "line 1: an array begins here; name the file .json"),
+        ("a.csv", b"prompt;completion\na;b\n", "line 1: the header has no ','; separate columns by it, not by ';'"),
         ("a.csv", b"text,text\na,b\n", "line 1: the header names a column twice"),
         ("a.csv", b'text,n\n"a\nb",1\n\nc\n', "line 5: 1 cells under a header of 2; quote cells with delimiters"),
         ("a.csv", b'text\na\n"b"c\n', "line 3: ',' expected after '\"'; a cell with a quote"),
