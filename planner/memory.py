@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from planner.kernels import kernel_scratch_bytes
 from planner.segments import CATEGORIES, Segment
 
+_NO_WORK = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _ACTIVATIONS, _WORKSPACE = CATEGORIES.index("activations"), CATEGORIES.index("workspace")
 
 
@@ -90,7 +92,7 @@ class MemoryTrace(TorchDispatchMode):
         scratch = kernel_scratch_bytes(func, args, out, self._device_kind)
         if scratch:
             self._events.append(-1 - self._allocate(scratch, _WORKSPACE))
-        if is_new or func._schema.is_mutable:
+        if (is_new and func.overloadpacket not in _NO_WORK) or func._schema.is_mutable:
             self._count_work(func, args, kwargs, out)
         return out
 

@@ -55,6 +55,12 @@ def test_a_local_folder_and_a_device_of_ones_own(in_process, models_dir):
         assert "on bench" in done.stdout
 
 
+def test_updates_in_backward_turn_clipping_off(in_process, tiny):
+    done = in_process(*tiny, "--chunks", "8", "--gpu", "rtx-4090", "--update-in-backward", "--json")
+    training = json.loads(done.stdout)["request"]["training"]
+    assert (training["update_in_backward"], training["max_grad_norm"]) == (True, None)
+
+
 def test_a_picture(in_process, tiny, tmp_path):
     path = tmp_path / "footprint.png"
     done = in_process(*tiny, "--chunks", "8", "--gpu", "rtx-4090", "--plot", path)

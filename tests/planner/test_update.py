@@ -52,3 +52,22 @@ def test_a_plan_counts_the_buffers(gpu, num_blocks):
     assert max(states) == num_blocks * 2 * 4 * BLOCK_NUMEL
     assert all(p.breakdown.optimizer_states == 0 for p in timeline(request).points if p.phase != "optimizer")
     assert plan(request).peak.phase == "optimizer"
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "rtx-4090"])
+def test_a_dense_plan_with_updates_in_backward_needs_most_of_its_gradients_less(gpu):
+    config = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+    def planned(**more):
+        training = {"method": "full", "seq_len": 64, "max_grad_norm": None, "schedule": {"states": "reset"}, **more}
+        return plan(PlanRequest.model_validate({"model": {"config": config}, "gpu": gpu, "training": training}))
+
+    after, within = planned(), planned(update_in_backward=True)
+    gradients = after.peak.breakdown.gradients
+    assert after.peak.allocated_bytes - within.peak.allocated_bytes > 0.8 * gradients
+    assert after.peak.reserved_bytes - within.peak.reserved_bytes > 0.7 * gradients
+    assert within.peak.reserved_bytes >= within.peak.allocated_bytes
+    assert within.step_seconds == pytest.approx(after.step_seconds, rel=0.01)
