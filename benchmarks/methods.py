@@ -40,8 +40,7 @@ def usual_loop(
     def update(number: int, batch: dict[str, Tensor]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(number)
-        labels = batch["labels"]
-        forward_backward(model, batch["input_ids"], labels, num_counted_tokens(labels), options, observer)
+        forward_backward(model, batch, num_counted_tokens(batch["labels"]), options, observer)
         with observer.phase("optimizer"):
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             optimizer.step()

@@ -154,7 +154,7 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
 
     def held_out_loss() -> float:
         parts = (collate(held_out[i : i + 8], 0, SEQ_LEN) for i in range(0, len(held_out), 8))
-        return evaluate(model, ((b["input_ids"], b["labels"]) for b in parts), StepOptions("fused"))[0]
+        return evaluate(model, parts, StepOptions("fused"))[0]
 
     with profiler.step():
         update = _method(model, setting, profiler)

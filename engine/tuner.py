@@ -100,6 +100,7 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> None:
+        _check_replicas(model)
         if update_in_backward and max_grad_norm is not None:
             raise InputError("max_grad_norm", "must be None: update_in_backward never sees the whole chunk's norm")
         if loss == "fused":
@@ -304,6 +305,12 @@ def _check_precision(model: nn.Module, autocast: str, master: Master, expansion:
         raise InputError("expansion", "updates in backward, before fp16 can tell whether a gradient overflowed")
     if in_backward:
         raise InputError("update_in_backward", "updates before fp16 can tell whether a gradient overflowed")
+
+
+def _check_replicas(model: nn.Module) -> None:
+    replicas = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, replicas) or (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        raise InputError("model", "ChunkFT trains in one process: replicas would not share their gradients")
 
 
 def _rate(given: float | Callable[[int], float]) -> Callable[[int], float]:

@@ -3,12 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from engine import ChunkFT, ParameterStream, activate
+from engine import ChunkFT, InputError, ParameterStream, activate, states
 from engine.coverage import parameter_digests, updated_share
-from engine.schedule import rate_factor
+from engine.optimizer import ChunkOptimizer, OptimizerConfig
+from engine.schedule import Schedule, rate_factor
+from engine.spec import StateDtype, TrainingSpec, parse
+from engine.step import StepOptions, compute_loss, prepared
 from tests.engine.families import FAMILIES, dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
+from tests.engine.test_transfer import Procrastinator
 
 
 def test_mistake_01_the_gradient_of_rmsnorm_is_rmsnorms():
@@ -43,6 +48,25 @@ def test_mistake_02_frozen_layers_keep_no_inputs_and_get_no_weight_gradient():
     assert all(layer.weight.grad is None for layer in layers)
 
 
+@pytest.mark.parametrize("checkpointing", ["full", "none"])
+def test_mistake_03_checkpointing_drops_the_inputs_of_cut_layers_too(checkpointing):
+    model, options = tiny_model("llama"), StepOptions("standard", checkpointing)
+    stream, inputs = ParameterStream(model), []
+    index = stream.names.index("model.layers.1.mlp.gate_proj.weight")
+    chunk = next(c for c in stream.partition(33) if any(s.index == index for s in c.slices))
+    assert any(s.numel < stream.infos[s.index].numel for s in chunk.slices)
+    projection = model.model.layers[1].mlp.gate_proj
+    projection.register_forward_pre_hook(
+        lambda module, args: inputs.append(StorageWeakRef(args[0].untyped_storage())) or None
+    )
+    with prepared(model, options), activate(model, chunk, stream) as active:
+        loss = compute_loss(model, tiny_batch(), 1.0, options)
+        assert len(inputs) == 1
+        assert inputs[0].expired() == (checkpointing == "full")
+        loss.backward()
+        assert all(s.tensor.grad.any() for s in active)
+
+
 def test_mistake_04_every_chunk_of_a_tensor_has_its_own_step_count():
     model = tiny_model("llama-tied")
     weight = model.get_input_embeddings().weight
@@ -60,6 +84,23 @@ def test_mistake_04_every_chunk_of_a_tensor_has_its_own_step_count():
 def test_mistake_05_a_linear_schedule_ends_where_it_should():
     rates = [rate_factor("linear", cycle, 8) for cycle in range(8)]
     assert rates == pytest.approx([1 - cycle / 8 for cycle in range(8)])
+
+
+@pytest.mark.parametrize("state_dtype", [StateDtype.BF16, StateDtype.INT8])
+def test_mistake_06_second_moments_of_few_bits_decay(state_dtype):
+    layer = nn.Linear(16, 16, bias=False)
+    optimizer, schedule = ChunkOptimizer(OptimizerConfig(max_grad_norm=None, state_dtype=state_dtype)), Schedule(1)
+    rates = []
+    for update in range(400):
+        before = layer.weight.detach().clone()
+        with activate(layer, ParameterStream(layer).partition(1)[0]) as active:
+            active[0].tensor.grad = torch.full((256,), 1.0 if update == 0 else 1e-3)
+            optimizer.update(active, schedule.visit(update), 1e-3)
+        rates.append(float((before - layer.weight.detach()).mean()))
+    # exp_avg / sqrt(exp_avg_sq): with a second moment that never decays, the step would stay below half of this.
+    first, second = 1e-3, 1e-6 + 0.999**399 * (1.0 - 1e-6) * 0.001
+    expected = 1e-3 * first / (second / (1.0 - 0.999**400)) ** 0.5
+    assert rates[-1] == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,6 +124,18 @@ def test_mistake_08_no_class_of_torch_is_replaced():
         actual = dense_gradients(bystander, own_loss)
         assert functions == (F.linear, F.embedding, torch.addmm, nn.Linear.forward, nn.Embedding.forward, nn.Parameter)
     assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+
+
+def test_mistake_09_replicas_whose_gradients_nobody_reduces_are_refused(tmp_path):
+    model = tiny_model("llama")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        replica = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(InputError, match="one process") as refusal:
+            ChunkFT(replica)
+        assert refusal.value.field == "model"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_mistake_10_cuts_around_norms_biases_and_padding_lose_nothing():
@@ -123,3 +176,33 @@ def test_mistake_12_accumulation_and_clipping_work_together():
                 assert tuner.step() > 0.1
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert relative_error(results[1], results[0]) <= 1e-5
+
+
+def test_mistake_13_buffers_that_states_stream_through_are_never_reused_early(monkeypatch):
+    with pytest.raises(InputError) as refusal:
+        parse(TrainingSpec, {"weights": "streamed"})  # weights do not stream yet: states do
+    assert refusal.value.field == "weights"
+    monkeypatch.setattr(states, "BLOCK_NUMEL", 256)
+    results = []
+    for is_streaming in (True, False):
+        model = tiny_model("llama-tied")
+        stream = ParameterStream(model)
+        chunks, schedule = stream.partition(3), Schedule(3)
+        optimizer = ChunkOptimizer(OptimizerConfig(max_grad_norm=None), Procrastinator())
+        resident: dict[int, torch.optim.AdamW] = {}
+        for update in range(9):
+            visit = schedule.visit(update)
+            with activate(model, chunks[visit.chunk_index], stream) as active:
+                own_loss(model).backward()
+                if is_streaming:
+                    optimizer.update(active, visit, 1e-3)
+                    continue
+                if visit.chunk_index not in resident:
+                    leaves = [nn.Parameter(s.tensor.detach()) for s in active]
+                    resident[visit.chunk_index] = torch.optim.AdamW(leaves, 1e-3, weight_decay=0.0, fused=True)
+                adamw = resident[visit.chunk_index]
+                for leaf, s in zip(adamw.param_groups[0]["params"], active, strict=True):
+                    leaf.grad = s.tensor.grad
+                adamw.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
