@@ -149,18 +149,17 @@ def _json_lines(file: BinaryIO) -> Iterator[RawRow]:
 def _json_values(file: BinaryIO) -> Iterator[RawRow]:
     window = _JsonWindow(file)
     is_array, number = window.takes("["), 0
-    if is_array and window.takes("]"):
-        return
-    while is_array or not window.is_at_end():
+    is_open = is_array and not window.takes("]")
+    while is_open or not (is_array or window.is_at_end()):
         number += 1
         place = f"row {number}"
         yield RawRow(place, window.value(place))
         if is_array and not window.takes(","):
             if not window.takes("]"):
                 window.fails(f"after row {number}", "expecting ',' or ']'")
-            if not window.is_at_end():
-                window.fails(f"after row {number}", "something follows the array")
-            return
+            is_open = False
+    if not window.is_at_end():
+        window.fails(f"after row {number}", "something follows the array")
 
 
 class _JsonWindow:

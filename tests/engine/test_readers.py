@@ -93,6 +93,7 @@ def test_a_text_is_read_in_blocks_that_end_where_it_pauses(tmp_path, monkeypatch
         ("a.json", b'[{"text": "a"}, {"text" "b"}, {"text": "' + b"c" * 99, "row 2: not valid JSON: Expecting ':'"),
         ("a.json", b'[{"text": "a"},', "row 2: not valid JSON: the file ends before its array does"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "after row 1: not valid JSON: expecting ',' or ']'"),
+        ("a.json", b'[] {"text": "a"}', "after row 0: not valid JSON: something follows the array"),
         ("a.json", b'[{"text": "a"}] x', "after row 1: not valid JSON: something follows the array"),
         ("a.json", b'{"data": [{"text": "a"}]}', "row 1: needs 'messages', 'prompt' and 'completion'"),
         ("a.json", b"[3]", "row 1: must be a JSON object, found a number"),
