@@ -29,7 +29,7 @@ from engine.lora import add_adapters
 from engine.models import DTYPES, attention_for
 from engine.profiler import CpuProfiler
 from engine.spec import TrainingSpec
-from engine.tasks import task_of_config
+from engine.tasks import Task, task_of, task_of_config
 from planner import PLANNER_VERSION, PlanRequest, plan
 from planner.residuals import STEP, Residual, residuals
 
@@ -198,6 +198,7 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
         if training.lora is not None:
             add_adapters(model, training.lora)
         tuner = ChunkFT.of(training, model, observer=profiler)
+    task = task_of(model)
     generator, shape = torch.Generator().manual_seed(0), (training.micro_batch_size, training.seq_len)
     num_tokens = training.gradient_accumulation_steps * training.micro_batch_size * training.seq_len
     samples = []
@@ -209,6 +210,9 @@ def _train(config: dict[str, Any], training: TrainingSpec, num_cycles: int, prof
                 for _ in range(training.gradient_accumulation_steps):
                     ids = torch.randint(0, config["vocab_size"], shape, generator=generator)
                     batches.append({"input_ids": ids, "labels": ids.clone()})
+                    if task is Task.MASKED:
+                        batches[-1]["attention_mask"] = torch.ones_like(ids)
+                        batches[-1]["attention_mask"][-1, -1] = 0
                     if training.packing:
                         batches[-1]["position_ids"] = _positions(shape, generator)
                 del ids

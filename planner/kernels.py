@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import masking_utils
 
+from engine.cut import CutParameter, CutTranspose
 from planner.overheads import (
     ONEDNN_SCRATCH_BYTES,
     ONEDNN_TRANSPOSED_BYTES,
@@ -77,6 +78,49 @@ def _rng_state() -> Tensor:
     return torch.empty(RNG_STATE_BYTES, dtype=torch.uint8, device="meta")
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """Shapes and work of a product of each group of rows with its own matrix, all groups equally large.
+
+    The meta kernel of torch knows bf16 only. What is kept and returned does not depend on how large the groups are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.num_groups = weight.shape[0]
+        return x.mm(weight[0])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (dy,) = upstream
+        x, weight = ctx.saved_tensors
+        dx = dy.mm(weight[0].t()) if weight is not None else None
+        # The real kernel gives a transposed weight a transposed gradient; the size is the same.
+        return dx, None if x is None else _products_of_groups(x.t(), dy, ctx.num_groups)
+
+
+def _products_of_groups(left: Tensor, right: Tensor, num_groups: int) -> Tensor:
+    """[groups, left's rows, right's columns]: the products of equally large groups of left's columns, right's rows."""
+    size = left.shape[1] // num_groups
+    columns = left[:, : size * num_groups].t().reshape(num_groups, size, -1)
+    return columns.transpose(1, 2).bmm(right[: size * num_groups].reshape(num_groups, size, -1))
+
+
+_torch_grouped_mm = torch._grouped_mm
+
+
+def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, **others: Any) -> Tensor:
+    """``torch._grouped_mm`` without storage: experts' rows by their matrices, or the gradient of those matrices."""
+    if isinstance(right, CutParameter | CutTranspose):
+        return _torch_grouped_mm(left, right, offs=offs, **others)  # which calls this function again, as it does torch's
+    if right.dim() == 3:
+        result: Tensor = _GroupedProduct.apply(left, right)
+        return result
+    assert offs is not None
+    return _products_of_groups(left, right, offs.shape[0])
+
+
 @contextmanager
 def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Size]]:
     """Send attention and dropout to the kernels that the device would pick.
@@ -104,6 +148,8 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
     with ExitStack() as stack:
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", packed_rows))
+        stack.enter_context(_replaced(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *args, **kwargs: False))
+        stack.enter_context(_replaced(torch, "_grouped_mm", _grouped_mm))
         if device_kind == "cpu":
             # Activation checkpointing keeps the generator's state for every layer, in the memory that is planned here.
             stack.enter_context(_replaced(torch, "get_rng_state", _rng_state))

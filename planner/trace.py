@@ -26,6 +26,7 @@ from engine.models import decoder_layers, meta_model
 from engine.spec import CheckpointedLayers, TrainingSpec
 from engine.step import StepOptions, forward_backward, prepared
 from engine.stream import ParameterStream
+from engine.tasks import Task, task_of
 from planner.kernels import traced_kernels
 from planner.memory import MemoryTrace
 from planner.segments import CATEGORIES, EMBED, HEAD, Block, StepTrace, layer_runs
@@ -63,6 +64,7 @@ class ModelTracer:
             pass  # refuses layers that the model does not have
         if training.packing:
             check_packable(self.model)
+        self.task = task_of(self.model)
         self._layer_types = getattr(self.model.config.get_text_config(), "layer_types", None)
 
     def structure(self) -> ModelStructure:
@@ -143,6 +145,8 @@ class ModelTracer:
                 input_ids = torch.empty(shape, dtype=torch.int64, device="meta")
                 labels = torch.empty(shape, dtype=torch.int64, device="meta")
                 batch = {"input_ids": input_ids, "labels": labels}
+                if self.task is Task.MASKED:  # with padding in it: the mask takes memory
+                    batch["attention_mask"] = torch.empty(shape, dtype=torch.int64, device="meta")
                 if training.packing:
                     batch["position_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
                 mode.category = _ACTIVATIONS
@@ -185,13 +189,14 @@ class ModelTracer:
         owner, name = _owner_of_layers(self.model, self.layers)
         config = self.model.config.get_text_config()
         setattr(owner, name, nn.ModuleList([self.layers[index] for index in kept]))
-        if self._layer_types:
+        is_stored = "layer_types" in vars(config)  # some families derive it
+        if self._layer_types and is_stored:
             config.layer_types = [self._layer_types[index] for index in kept]
         try:
             yield
         finally:
             setattr(owner, name, nn.ModuleList(self.layers))
-            if self._layer_types:
+            if self._layer_types and is_stored:
                 config.layer_types = self._layer_types
 
     @contextmanager
