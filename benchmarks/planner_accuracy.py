@@ -66,6 +66,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 2048,
         "bos_token_id": 1, "eos_token_id": 2,
     },
+    "mixtral": _llama_like("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": _llama_like(
+        "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128
+    ),
+    "bert": {
+        "model_type": "bert", "vocab_size": 8003, "hidden_size": 256, "intermediate_size": 1024,
+        "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 1024,
+    },
 }  # fmt: skip
 
 FAMILIES = tuple(CONFIGS)
@@ -125,8 +133,7 @@ def grid() -> Iterator[Case]:
         yield case("llama", precision=precision, max_grad_norm=None)
         yield from _packed(precision)
     yield from lora_grid()
-    for loss in ("fused", "standard"):
-        yield case("llama", precision="fp16", loss=loss)
+    yield from _half_precisions()
     yield from _update_grid()
 
 
@@ -145,6 +152,15 @@ def _update_grid() -> Iterator[Case]:
     for states in ("keep", "reset"):
         for switch_every in (2, 3):
             yield case("llama", switch_every=switch_every, states=states)
+
+
+def _half_precisions() -> Iterator[Case]:
+    for loss in ("fused", "standard"):
+        yield case("llama", precision="fp16", loss=loss)
+        for autocast in ("bf16", "fp16"):
+            for model in ("llama", "gpt2", "mixtral", "bert"):
+                yield case(model, autocast=autocast, loss=loss)
+                yield case(model, autocast=autocast, loss=loss, activation_checkpointing="none")
 
 
 def _packed(precision: str) -> Iterator[Case]:

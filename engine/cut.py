@@ -43,7 +43,7 @@ class CutParameter(nn.Parameter):
         """Route ``func`` to its sliced version, or give it an alias of the weight."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_grad_enabled() and not _is_metadata(func):
+            if torch.is_grad_enabled() and not is_metadata(func):
                 sliced = _SLICED.get(func)
                 result = sliced(*args, **kwargs) if sliced else None
                 if result is not None:
@@ -81,7 +81,7 @@ _METADATA_METHODS = {
 }  # fmt: skip
 
 
-def _is_metadata(func: Callable[..., Any]) -> bool:
+def is_metadata(func: Callable[..., Any]) -> bool:
     """True for attribute reads and methods that no gradient flows through."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
@@ -123,7 +123,7 @@ def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)
 
 
 class _SlicedLinear(torch.autograd.Function):

@@ -178,6 +178,11 @@ class TrainingSpec(SpecModel):
         return self
 
     @property
+    def compute_precision(self) -> Precision:
+        """Data type of matrix products."""
+        return self.precision if self.autocast == "none" else Precision(self.autocast)
+
+    @property
     def scales_loss(self) -> bool:
         """True when gradients are computed in fp16, and checked for overflow."""
         return Precision.FP16 in (self.precision, self.autocast)

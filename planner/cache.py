@@ -44,7 +44,7 @@ _TRACED_CODE = {
         "tasks",
         "transfer",
     ),
-    "planner": ("kernels", "memory", "overheads", "segments", "structure", "trace", "update"),
+    "planner": ("autocast", "kernels", "memory", "overheads", "segments", "structure", "trace", "update"),
 }
 
 

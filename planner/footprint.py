@@ -92,7 +92,7 @@ class Footprints:
         self.gpu = gpu
         self.structure: ModelStructure = store.structure()
         self.granularity = 1 if gpu.kind == "cpu" else CUDA_GRANULARITY
-        self._rates: Rates = rates(training.precision, gpu)
+        self._rates: Rates = rates(training.compute_precision, gpu)
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
         """The stream's partition; raises InputError for more chunks than rows, or than can be planned."""
@@ -191,7 +191,7 @@ class Footprints:
         if not update.comes:
             live[_STATES] += sum(self.states_bytes(piece, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1
-        inputs = 3 if training.packing else 2  # ids, labels, positions
+        inputs = self.structure.num_inputs
         live[_OTHER] += inputs * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
             live[_GRADIENTS] += sum(self.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import masking_utils
 
-from engine.cut import CutParameter, CutTranspose
+from engine.cut import CutParameter, CutTranspose, autocast_operands
 from planner.overheads import (
     ONEDNN_SCRATCH_BYTES,
     ONEDNN_TRANSPOSED_BYTES,
@@ -89,7 +89,8 @@ class _GroupedProduct(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.num_groups = weight.shape[0]
-        return x.mm(weight[0])
+        with torch.autocast("cpu", enabled=False):  # which passes grouped products by
+            return x.mm(weight[0])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -113,7 +114,9 @@ _torch_grouped_mm = torch._grouped_mm
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, **others: Any) -> Tensor:
     """``torch._grouped_mm`` without storage: experts' rows by their matrices, or the gradient of those matrices."""
     if isinstance(right, CutParameter | CutTranspose):
-        return _torch_grouped_mm(left, right, offs=offs, **others)  # which calls this function again, as it does torch's
+        return _torch_grouped_mm(
+            left, right, offs=offs, **others
+        )  # which calls this function again, as it does torch's
     if right.dim() == 3:
         result: Tensor = _GroupedProduct.apply(left, right)
         return result
@@ -134,7 +137,8 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        query, key, value, mask = autocast_operands(query, key, value, attn_mask)
+        return kernel(query, key, value, mask, dropout_p, is_causal, scale)
 
     asked: list[torch.Size] = []
 

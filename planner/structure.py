@@ -29,6 +29,8 @@ class ModelStructure:
     """Index of the output projection; −1 when there is none."""
     loss_rows: int
     """Rows of the head whose logits the fused loss holds at once for their gradient; 0: it does not work by rows."""
+    num_inputs: int
+    """Tensors [batch, sequence] of int64 that make a micro-batch."""
 
     @property
     def num_layers(self) -> int:
@@ -66,6 +68,7 @@ class ModelStructure:
             "before_layers": self.before_layers,
             "head": self.head,
             "loss_rows": self.loss_rows,
+            "num_inputs": self.num_inputs,
         }
 
     @staticmethod
@@ -80,6 +83,7 @@ class ModelStructure:
             tuple(value["before_layers"]),
             value["head"],
             value["loss_rows"],
+            value["num_inputs"],
         )
 
 

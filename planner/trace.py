@@ -27,6 +27,7 @@ from engine.spec import CheckpointedLayers, TrainingSpec
 from engine.step import StepOptions, forward_backward, prepared
 from engine.stream import ParameterStream
 from engine.tasks import Task, task_of
+from planner.autocast import traced_autocast
 from planner.kernels import traced_kernels
 from planner.memory import MemoryTrace
 from planner.segments import CATEGORIES, EMBED, HEAD, Block, StepTrace, layer_runs
@@ -47,8 +48,6 @@ class ModelTracer:
     """
 
     def __init__(self, config: dict[str, Any], training: TrainingSpec, device_kind: str) -> None:
-        if training.autocast != "none":
-            raise InputError("training.autocast", "cannot be planned yet; use 'none'")
         self.training = training
         self.device_kind = device_kind
         with _refusals("building the model"):
@@ -89,6 +88,7 @@ class ModelTracer:
             ),
             head,
             loss_rows,
+            2 + self.training.packing + (self.task is Task.MASKED),
         )
 
     def _head(self) -> tuple[int, int]:
@@ -125,6 +125,8 @@ class ModelTracer:
         with ExitStack() as stack:
             stack.enter_context(self._reduced(kept))
             asked = stack.enter_context(traced_kernels(self.device_kind, packing=training.packing))
+            if training.autocast != "none":
+                stack.enter_context(traced_autocast(self.device_kind, self.layers))
             stack.enter_context(self._segment_hooks(mode, kept))
             stack.enter_context(prepared(self.model, self._options(kept)))
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -171,7 +173,7 @@ class ModelTracer:
         choice = self.training.activation_checkpointing
         if isinstance(choice, CheckpointedLayers):
             choice = CheckpointedLayers(layers=[i for i, index in enumerate(kept) if index in choice.layers])
-        return StepOptions(self.training.loss, choice)
+        return StepOptions(self.training.loss, choice, self.training.autocast)
 
     def _finish(self, mode: MemoryTrace, gradients: dict[int, int], active: list[ActiveSlice]) -> StepTrace:
         blocks = []
