@@ -37,6 +37,8 @@ _GRADIENTS = CATEGORIES.index("gradients")
 _ACTIVATIONS, _LOSS = CATEGORIES.index("activations"), CATEGORIES.index("loss")
 _OTHER = CATEGORIES.index("other")
 
+MAX_SCANNED_TOKENS = 128
+
 
 class ModelTracer:
     """Traces steps of one architecture under one training spec.
@@ -59,6 +61,7 @@ class ModelTracer:
         if not self.layers or not any(True for _ in self.layers[0].parameters()):
             raise InputError("model.config", f"{type(self.model).__name__} has no list of layers to plan by")
         _check_positions(self.model, training.seq_len)
+        _check_scan(self.model, training.seq_len)
         with prepared(self.model, StepOptions(training.loss, training.activation_checkpointing)):
             pass  # refuses layers that the model does not have
         if training.packing:
@@ -250,6 +253,13 @@ def _check_positions(model: PreTrainedModel, seq_len: int) -> None:
     # Some families keep a few extra rows at the front (OPT: two).
     if any(limit <= table.num_embeddings <= limit + 2 for table in tables):
         raise InputError("training.seq_len", f"at most {limit}: this model has learned positions and no more of them")
+
+
+def _check_scan(model: PreTrainedModel, seq_len: int) -> None:
+    """Raises InputError for a recurrent model on long sequences: it goes token by token, and so would its trace."""
+    if not hasattr(model.config.get_text_config(), "num_attention_heads") and seq_len > MAX_SCANNED_TOKENS:
+        problem = f"a plan of {type(model).__name__}, which has no attention, would take minutes"
+        raise InputError("training.seq_len", f"at most {MAX_SCANNED_TOKENS}: {problem}")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ LLAMA = {
     "max_position_embeddings": 128,
 }
 GPT2 = {"model_type": "gpt2", "vocab_size": 211, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+MAMBA = {"model_type": "mamba", "vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 OPT = {
     **LLAMA, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32,
 }  # fmt: skip
@@ -50,6 +51,11 @@ REFUSED = [
     ("training.seq_len", {"model": {"config": OPT}, "seq_len": 2048}),
     ("training.packing", {"model": {"config": OPT}, "packing": True}),
     ("training.seq_len", {"seq_len": 10**7}),
+    ("training.seq_len", {"model": {"config": MAMBA}, "seq_len": 129}),
+    ("model.config.model_type", {"model": {"config": {"model_type": "t5"}}}),
+    ("training.autocast", {"autocast": "fp8"}),
+    ("training", {"precision": "bf16", "autocast": "bf16"}),
+    ("training", {"precision": "fp16", "schedule": {"num_chunks": 2, "master": "residual"}}),
     ("training.micro_batch_size", {"seq_len": 1024, "micro_batch_size": 10**6}),
     ("training.schedule.num_chunks", {"schedule": {"num_chunks": 0}}),
     ("training.schedule.num_chunks", {"schedule": {"num_chunks": 4000}}),
@@ -79,6 +85,10 @@ def test_refusal_names_the_field(field, request_):
 def test_learned_positions_are_planned_up_to_their_end(length):
     assert ask({"config": GPT2}, seq_len=length).fits
     assert ask({"config": OPT}, seq_len=length).fits
+
+
+def test_a_model_without_attention_is_planned():
+    assert ask({"config": MAMBA}, seq_len=8).fits
 
 
 def test_vocabulary_of_one_and_encoder_shapes_are_planned():
