@@ -11,8 +11,8 @@ MARGIN = 3.0
 PATIENCE = 8
 """Updates in a row."""
 NUM_FIRST_LOSSES = 8
-MIN_HELD_OUT_TOKENS = 1000
-"""From this many on, the held-out loss before training says what the beginning was; a few rows say too little."""
+MIN_HELD_OUT_TOKENS = 200
+"""From this many on, the held-out loss before training says what the beginning was; one row says too little."""
 
 
 class LossWatch:

@@ -91,7 +91,8 @@ def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Call
         report("failed", reason="input", field=error.field, detail=error.message)
         raise
     except Exception as error:
-        report("failed", reason=failure_reason(error), detail=one_line(error))
+        reason = failure_reason(error)
+        report("failed", reason=reason, detail=str(error) if reason == "diverged" else one_line(error))
         raise
     return EXIT_COMPLETED if outcome == "completed" else EXIT_STOPPED
 

@@ -28,6 +28,7 @@ def test_an_absurd_rate_ends_a_run_as_diverged_and_says_what_to_do(tmp_path, num
         run_attempt(run, lambda kind, **fields: events.append({"type": kind, **fields}), lambda: False)
     last = events[-1]
     assert (last["type"], last["reason"]) == ("failed", "diverged")
+    assert last["detail"].startswith("loss is ")
     assert " and has been more than 3 above the beginning's " in last["detail"]
     assert last["detail"].endswith("lower training.learning_rate from 3, for example to 0.3")
     assert len([event for event in events if event["type"] == "step"]) < 30
@@ -62,6 +63,12 @@ def test_explosions_are_seen_from_the_first_update_on():
     assert first_alarm([5.5, 5.6, 6.0] + [11.0] * 40, held_out=5.4) == 3 + PATIENCE
     assert first_alarm([5.5] + [100.0] * 40) == 8 + PATIENCE  # eight that went wrong count for no more than guessing
     assert first_alarm([5.5 + i / 20 for i in range(200)]) is not None
+
+
+def test_a_real_model_at_a_rate_a_hundred_times_too_high_is_stopped():
+    """What SmolLM2-135M did in 4 chunks at a constant 0.01, from a held-out loss of 6.25 over 400 tokens."""
+    losses = [6.3, 26.4, 18.1, 15.0, 17.1, 95.1, 23.4, 22.8, 13.5, 14.5, 15.5, 13.5, 10.8, 13.5, 11.1, 25.1, 22.5, 10.3]
+    assert first_alarm(losses, held_out=6.25, num_tokens=400) == 1 + PATIENCE
 
 
 def test_a_watch_goes_on_after_a_resume():
