@@ -30,8 +30,8 @@ RNG_STATE_BYTES = 5056
 def _attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
 ) -> Tensor:
-    if dropout > 0:
-        # The flash kernel knows no dropout: torch takes the product, softmax, product path.
+    if dropout > 0 or (mask is not None and mask.requires_grad):
+        # The flash kernel knows neither dropout nor a mask's gradient: torch takes the product, softmax, product path.
         out = _aten._scaled_dot_product_attention_math(
             query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
         )
@@ -153,6 +153,8 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", packed_rows))
         stack.enter_context(_replaced(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *args, **kwargs: False))
+        # Asked of a decoder's mask, whose padding is on the right and not in it.
+        stack.enter_context(_replaced(masking_utils, "fast_all", lambda mask: True))
         stack.enter_context(_replaced(torch, "_grouped_mm", _grouped_mm))
         if device_kind == "cpu":
             # Activation checkpointing keeps the generator's state for every layer, in the memory that is planned here.

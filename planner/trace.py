@@ -22,7 +22,7 @@ from engine.gradients import Activation, ActiveSlice
 from engine.isolation import check_packable, would_meet
 from engine.lora import add_adapters
 from engine.loss import block_rows
-from engine.models import decoder_layers, meta_model
+from engine.models import decoder_layers, layer_lists, meta_model
 from engine.spec import CheckpointedLayers, TrainingSpec
 from engine.step import StepOptions, forward_backward, prepared
 from engine.stream import ParameterStream
@@ -58,6 +58,7 @@ class ModelTracer:
                 add_adapters(self.model, training.lora)
         self.stream = ParameterStream(self.model, only_trainable=training.lora is not None)
         self.layers = decoder_layers(self.model)
+        self._is_composed = len(layer_lists(self.model)) == 1
         if not self.layers or not any(True for _ in self.layers[0].parameters()):
             raise InputError("model.config", f"{type(self.model).__name__} has no list of layers to plan by")
         _check_positions(self.model, training.seq_len)
@@ -91,7 +92,7 @@ class ModelTracer:
             ),
             head,
             loss_rows,
-            2 + self.training.packing + (self.task is Task.MASKED),
+            2 + self.training.packing + {Task.CAUSAL: 0, Task.MASKED: 1, Task.SEQ2SEQ: 2}[self.task],
         )
 
     def _head(self) -> tuple[int, int]:
@@ -108,7 +109,8 @@ class ModelTracer:
         kind = self._layer_types[index] if self._layer_types else ""
         modules = [(name, type(module).__name__) for name, module in layer.named_modules()]
         shapes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
-        return hashlib.sha256(repr((kind, modules, shapes)).encode()).hexdigest()[:16]
+        place = 0 if self._is_composed else index  # an encoder's layers and a decoder's: no two are traced as one
+        return hashlib.sha256(repr((kind, modules, shapes, place)).encode()).hexdigest()[:16]
 
     def trace(self, chunk: Chunk, roles: ChunkRoles, *, expands: bool = False) -> StepTrace:
         """One micro-batch, forward and backward, with ``chunk`` active, on the distinct layers of ``roles`` only.
@@ -150,8 +152,10 @@ class ModelTracer:
                 input_ids = torch.empty(shape, dtype=torch.int64, device="meta")
                 labels = torch.empty(shape, dtype=torch.int64, device="meta")
                 batch = {"input_ids": input_ids, "labels": labels}
-                if self.task is Task.MASKED:  # with padding in it: the mask takes memory
+                if self.task is not Task.CAUSAL:  # with padding in it: the mask takes memory
                     batch["attention_mask"] = torch.empty(shape, dtype=torch.int64, device="meta")
+                if self.task is Task.SEQ2SEQ:
+                    batch["decoder_input_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
                 if training.packing:
                     batch["position_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
                 mode.category = _ACTIVATIONS
@@ -190,7 +194,10 @@ class ModelTracer:
 
     @contextmanager
     def _reduced(self, kept: list[int]) -> Iterator[None]:
-        """The model with only the kept layers in its layer list."""
+        """The model with only the kept layers in its layer list; with several lists, all layers are kept."""
+        if not self._is_composed:
+            yield
+            return
         owner, name = _owner_of_layers(self.model, self.layers)
         config = self.model.config.get_text_config()
         setattr(owner, name, nn.ModuleList([self.layers[index] for index in kept]))

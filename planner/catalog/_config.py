@@ -45,7 +45,7 @@ _REFUSED = {
 
 
 def causal_lm_class(model_type: str) -> str:
-    """Class name of the causal language model that transformers has for ``model_type``."""
+    """Class name of the language model that transformers has for ``model_type``: causal where it has one."""
     return str(load("model_types.json")[model_type])
 
 
@@ -77,7 +77,7 @@ def _check_model_type(config: dict[str, Any]) -> None:
     if model_type not in known:
         shown = model_type if len(model_type) <= 60 else f"{model_type[:60]}…"
         hint = did_you_mean(model_type[:60], known)
-        raise _error("model_type", f"{shown!r} is no causal language model of transformers{hint}")
+        raise _error("model_type", f"{shown!r} is no language model of transformers that can be planned{hint}")
 
 
 def _check_values(config: dict[str, Any]) -> None:

@@ -41,6 +41,8 @@ CASES = [
     case("mixtral", num_chunks=9, activation_checkpointing="none"),
     case("qwen3_moe", num_chunks=3),
     case("bert", num_chunks=3, gradient_accumulation_steps=2),
+    case("t5", num_chunks=3),
+    case("bart", num_chunks=3, precision="bf16", activation_checkpointing="none", loss="standard"),
     case("llama", num_chunks=3, packing=True, activation_checkpointing="none", gradient_accumulation_steps=2),
     case("mistral", num_chunks=3, packing=True, precision="bf16"),
     case("gpt2", num_chunks=3, packing=True, attention="eager"),
