@@ -52,7 +52,7 @@ REFUSED = [
     ("training.packing", {"model": {"config": OPT}, "packing": True}),
     ("training.seq_len", {"seq_len": 10**7}),
     ("training.seq_len", {"model": {"config": MAMBA}, "seq_len": 129}),
-    ("model.config.model_type", {"model": {"config": {"model_type": "whisper"}}}),
+    ("model.config.model_type", {"model": {"config": {"model_type": "fsmt"}}}),
     ("training.autocast", {"autocast": "fp8"}),
     ("training", {"precision": "bf16", "autocast": "bf16"}),
     ("training", {"precision": "fp16", "schedule": {"num_chunks": 2, "master": "residual"}}),
