@@ -277,7 +277,7 @@ def test_a_decoder_chunk_leaves_the_encoder_alone_and_an_encoder_chunk_recompute
 
 
 def test_batches_hold_what_the_task_knows():
-    for family, key in (("llama", "decoder_input_ids"), ("bert", "decoder_input_ids"), ("t5", "position_ids")):
+    for family, key in (("llama", "decoder_input_ids"), ("bert", "decoder_input_ids"), ("t5", "token_type_ids")):
         model = tiny_model(family)
         with ChunkFT(model, 2) as tuner, pytest.raises(InputError, match=f"batch.{key}: is not used"):
             tuner.backward({**tiny_batch(), key: tiny_batch()["input_ids"]})
