@@ -85,10 +85,11 @@ def test_with_checkpointing_accumulation_and_the_fused_loss(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_autocast(family, loss):
     model, options = tiny_model(family), StepOptions(loss, "full", "bf16")
-    assert_exact(model, options, dense(model, StepOptions(loss, "none", "bf16")), tolerance=BF16_ULP, counts=(2, 16))
+    counts = COUNTS if loss == "fused" else (2, 16)
+    assert_exact(model, options, dense(model, StepOptions(loss, "none", "bf16")), tolerance=BF16_ULP, counts=counts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_weights(family):
     model, options = tiny_model(family, torch.bfloat16), StepOptions("fused")
-    assert_exact(model, options, dense(model, options), tolerance=BF16_ULP, counts=(7, 33))
+    assert_exact(model, options, dense(model, options), tolerance=BF16_ULP)
