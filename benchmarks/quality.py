@@ -22,6 +22,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -199,23 +200,30 @@ def read_rows() -> list[dict[str, Any]]:
     return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
 
 
-def run_missing(only: str | None) -> None:
+def run_missing(only: str | None, num_jobs: int) -> None:
     """Run every setting that the file lacks, alternating between the sets."""
     texts = {name: path for name, path in prepared_texts().items() if only in (None, name)}
-    for setting in settings():
-        for name, path in texts.items():
-            if any(row["setting"] == setting.name and row["text"] == name for row in read_rows()):
-                continue
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quality", "--one", json.dumps(asdict(setting))]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
-            done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                print(f"{name}: {setting.name} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                continue
-            _keep(
-                {"text": name, "setting": setting.name, **asdict(setting), **json.loads(done.stdout.splitlines()[-1])}
-            )
-            print(f"{name}: {setting.name}: {read_rows()[-1]['curve'][-1]}", flush=True)
+    known = {(row["text"], row["setting"]) for row in read_rows()}
+    missing = [(name, setting) for setting in settings() for name in texts if (name, setting.name) not in known]
+    with ThreadPoolExecutor(num_jobs) as pool:
+        running = {pool.submit(_run_apart, setting, texts[name]): (name, setting) for name, setting in missing}
+        for done in as_completed(running):
+            name, setting = running[done]
+            if (row := done.result()) is not None:
+                _keep({"text": name, "setting": setting.name, **asdict(setting), **row})
+                print(f"{name}: {setting.name}: {row['curve'][-1]}", flush=True)
+
+
+def _run_apart(setting: Setting, text: Path) -> dict[str, Any] | None:
+    """The setting's row, from a process of its own; None when that failed."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quality", "--one", json.dumps(asdict(setting))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
+    done = subprocess.run([*command, str(text)], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(f"{text.stem}: {setting.name} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def _keep(row: dict[str, Any]) -> None:
@@ -266,6 +274,7 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--table", action="store_true", help="print the table of what was run before")
     parser.add_argument("--text", choices=["soc_codes", "brown"], help="only this set")
+    parser.add_argument("--jobs", type=int, default=1, help="settings at once, of one thread each")
     parser.add_argument("--one", nargs=2, metavar=("SETTING", "FILE"), help="run one setting and print its row")
     arguments = parser.parse_args()
     if arguments.one:
@@ -273,7 +282,7 @@ def main() -> int:
         print(json.dumps(result))
         return 0
     if not arguments.table:
-        run_missing(arguments.text)
+        run_missing(arguments.text, arguments.jobs)
     print_table()
     return 0
 
