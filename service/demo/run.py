@@ -37,9 +37,15 @@ TRAINING = {
     "seq_len": 128,
     "micro_batch_size": 8,
     "precision": "fp32",
-    "schedule": {"num_chunks": NUM_CHUNKS, "order": "descending", "switch_every": 2},
+    "schedule": {"num_chunks": NUM_CHUNKS, "order": "random", "switch_every": 2, "expansion": "factored"},
 }
-RATES = {"learning_rate": 1e-3, "lr_schedule": "linear", "max_steps": MAX_STEPS, "checkpoint_every": MAX_STEPS // 2}
+RATES = {
+    "learning_rate": 3e-4,
+    "expansion_learning_rate": 2e-4,
+    "lr_schedule": "linear",
+    "max_steps": MAX_STEPS,
+    "checkpoint_every": MAX_STEPS // 2,
+}
 
 MIN_LOSS_DROP = 0.10
 MAX_ERROR = 0.03
