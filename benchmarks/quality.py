@@ -23,7 +23,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +47,14 @@ class Setting:
     method: str
     learning_rate: float
     options: dict[str, Any] = field(default_factory=dict)
+    num_updates: int = NUM_UPDATES
 
     @property
     def name(self) -> str:
         """How the table calls it."""
-        return " ".join([self.method, f"{self.learning_rate:g}", *(f"{k}={v}" for k, v in self.options.items())])
+        longer = [] if self.num_updates == NUM_UPDATES else [f"({self.num_updates} updates)"]
+        options = [f"{key}={value}" for key, value in self.options.items()]
+        return " ".join([self.method, f"{self.learning_rate:g}", *options, *longer])
 
 
 def chunks(rate: float, num_chunks: int = 16, **options: Any) -> Setting:
@@ -62,6 +65,12 @@ def chunks(rate: float, num_chunks: int = 16, **options: Any) -> Setting:
 def settings() -> list[Setting]:
     """The most telling ones first: the file is useful before it is complete."""
     factored = {"expansion": "factored"}
+    # As many updates as take the time of dense AdamW's 32.
+    equal_time = [
+        replace(chunks(1e-4, **factored, expansion_lr=2e-4), num_updates=39),
+        Setting("lora", 1e-3, num_updates=46),
+        Setting("badam", 1e-3, num_updates=57),
+    ]
     return [
         Setting("adamw", 3e-4),
         chunks(3e-4, **factored, expansion_lr=2e-4),
@@ -75,8 +84,9 @@ def settings() -> list[Setting]:
         Setting("lora", 3e-3),
         Setting("adafactor", 1e-4),
         Setting("lora", 3e-4),
-        chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
+        *equal_time,
         Setting("adamw", 3e-5),
+        chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
         Setting("badam", 3e-3),
         chunks(1e-3, 8, switch_every=2),
         Setting("adamw", 1e-3),
@@ -163,7 +173,7 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
         update = _method(model, setting, profiler)
     num_tokens, seconds, peak_bytes = 0, 0.0, 0
     curve: list[list[float]] = []
-    for number in range(NUM_UPDATES):
+    for number in range(setting.num_updates):
         batch = collate(batches.batch(number), 0, SEQ_LEN)
         begin = time.process_time()
         with profiler.step():
@@ -171,7 +181,7 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
         seconds += time.process_time() - begin
         num_tokens += batch["input_ids"].numel()
         peak_bytes = max([peak_bytes, *(sample.allocated_bytes for sample in profiler.samples)])
-        if number + 1 in EVALUATED_AFTER:
+        if number + 1 in (*EVALUATED_AFTER, setting.num_updates):
             curve.append([number + 1, num_tokens, round(seconds, 1), round(held_out_loss(), 4)])
             print(setting.name, curve[-1], flush=True)
     return {
@@ -187,13 +197,13 @@ def _method(model: Any, setting: Setting, observer: Any) -> Update:
     from engine.step import StepOptions
 
     if setting.method != "chunkft":
-        rate = linear_decay(setting.learning_rate, NUM_UPDATES)
+        rate = linear_decay(setting.learning_rate, setting.num_updates)
         return usual_loop(model, OPTIMIZERS[setting.method](model), rate, observer, StepOptions("fused"))
     options = {key: value for key, value in setting.options.items() if key != "precision"}
     cycle_length = options["num_chunks"] * options.get("switch_every", 1)
     if "expansion_lr" in options:
-        options["expansion_lr"] = linear_decay(options["expansion_lr"], NUM_UPDATES, cycle_length)
-    rate = linear_decay(setting.learning_rate, NUM_UPDATES, cycle_length)
+        options["expansion_lr"] = linear_decay(options["expansion_lr"], setting.num_updates, cycle_length)
+    rate = linear_decay(setting.learning_rate, setting.num_updates, cycle_length)
     return chunkft(model, rate, observer, activation_checkpointing="full", seed=SEED, **options)
 
 

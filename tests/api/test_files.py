@@ -98,7 +98,7 @@ ROWS = [{"text": f"the title {i} of a metal worker is welder"} for i in range(5)
     [
         ("rows.json", json.dumps(ROWS).encode(), 5),
         ("rows.CSV", b"text\n" + b"".join(row["text"].encode() + b"\n" for row in ROWS), 5),
-        ("rows.tsv.gz", gzip.compress(b"prompt\tcompletion\na\tb\n"), 1),
+        ("rows.tsv.gz", gzip.compress(b"prompt\tcompletion\na\tb\n", mtime=0), 1),
         ("rows.parquet", parquet_bytes(ROWS), 5),
         ("book.txt", b"the title of a metal worker is welder\n" * 20, 1),
     ],
