@@ -68,7 +68,8 @@ def settings() -> list[Setting]:
     # As many updates as take the time of dense AdamW's 32.
     equal_time = [
         replace(chunks(1e-4, **factored, expansion_lr=2e-4), num_updates=39),
-        Setting("lora", 1e-3, num_updates=46),
+        replace(chunks(3e-4, **factored, expansion_lr=4e-4), num_updates=39),
+        Setting("lora", 3e-3, num_updates=46),
         Setting("badam", 1e-3, num_updates=57),
     ]
     return [
@@ -83,7 +84,9 @@ def settings() -> list[Setting]:
         chunks(1e-4, **factored, expansion_lr=1e-4),
         Setting("lora", 3e-3),
         Setting("adafactor", 1e-4),
-        Setting("lora", 3e-4),
+        chunks(3e-4, **factored, expansion_lr=4e-4),
+        chunks(3e-4, **factored, expansion_lr=6e-4),
+        Setting("lora", 1e-2),
         *equal_time,
         Setting("adamw", 3e-5),
         chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
@@ -92,12 +95,11 @@ def settings() -> list[Setting]:
         Setting("adamw", 1e-3),
         Setting("adafactor", 3e-5),
         Setting("chunkft", 3e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}),
-        Setting("lora", 1e-2),
+        Setting("lora", 3e-4),
         Setting("adafactor", 1e-3),
         chunks(3e-4, **factored, expansion_lr=1e-4),
         chunks(3e-4, 32, **factored, expansion_lr=2e-4),
         chunks(3e-4, **factored, expansion_lr=2e-4, states="reset"),
-        chunks(3e-4, **factored, expansion_lr=4e-4),
         Setting("badam", 3e-4),
         Setting("badam", 1e-2),
         chunks(3e-3),

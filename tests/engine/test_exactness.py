@@ -35,6 +35,12 @@ def dense(model, options, num_micro_batches=1):
     return gradients
 
 
+def places(values):
+    """Each bf16 value's place among all of them: neighbours, one unit in the last place apart, differ by one."""
+    bits = values.view(torch.int16).to(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
 def assert_exact(model, options, reference, num_micro_batches=1, tolerance=1e-6, counts=COUNTS, reorders=False):
     """Every chunk of every partition, under ``options``."""
     stream = ParameterStream(model)
@@ -50,6 +56,8 @@ def assert_exact(model, options, reference, num_micro_batches=1, tolerance=1e-6,
                     if not is_cut and not reorders:
                         assert torch.equal(actual, expected), (count, s.name)
                     assert relative_error(actual, expected) <= tolerance, (count, s.name, s.start, s.stop)
+                    if expected.dtype == torch.bfloat16:
+                        assert int((places(actual) - places(expected)).abs().max()) <= 1, (count, s.name)
                     seen += s.stop - s.start
         assert seen == stream.num_parameters
 
