@@ -295,7 +295,7 @@ def main() -> int:
     dense, *others = methods()
     asked = [method for method in others if not arguments.only or any(word in method.name for word in arguments.only)]
     result = {
-        "command": f"python -m benchmarks.engine --rounds {arguments.rounds}",
+        "command": " ".join(["python -m benchmarks.engine", *sys.argv[1:]]),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         **measure([dense, *asked], arguments.rounds),
