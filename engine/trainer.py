@@ -199,7 +199,7 @@ class Trainer:
                 place = f"update {tuner.num_updates}, chunk {visit.chunk_index}"
                 raise Diverged(f"gradient norm is {norm} at {place}; {self._advice()}")
             num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
-            del micro_batches
+            del micro_batches, batch  # freed within the window of the record
         trim_host_memory()
         seconds = time.perf_counter() - begin
         self.training_seconds += seconds
