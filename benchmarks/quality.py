@@ -59,19 +59,14 @@ class Setting:
 
 
 def chunks(rate: float, num_chunks: int = 16, **options: Any) -> Setting:
-    """A chunk setting with full checkpointing and random order."""
+    """A chunk setting in random order, with full checkpointing unless the options say otherwise."""
     return Setting("chunkft", rate, {"num_chunks": num_chunks, "order": "random", **options})
 
 
 def settings() -> list[Setting]:
     """The most telling ones first: the file is useful before it is complete."""
     factored = {"expansion": "factored"}
-    # As many updates as take the time of dense AdamW's 32.
-    equal_time = [
-        replace(chunks(3e-4, **factored, expansion_lr=4e-4, decay="update"), num_updates=39),
-        Setting("lora", 3e-3, num_updates=46),
-        Setting("badam", 1e-3, num_updates=57),
-    ]
+    in_backward = {"optimizer": "adafactor", "update_in_backward": True}
     return [
         Setting("adamw", 3e-4),
         chunks(3e-4, **factored, expansion_lr=2e-4),
@@ -86,27 +81,31 @@ def settings() -> list[Setting]:
         Setting("adafactor", 1e-4),
         chunks(3e-4, **factored, expansion_lr=4e-4),
         chunks(3e-4, **factored, expansion_lr=4e-4, decay="update"),
-        chunks(3e-4, **factored, expansion_lr=2e-4, decay="update"),
+        chunks(3e-4, 1, **in_backward),
+        chunks(3e-4, 1, **in_backward, activation_checkpointing="none"),
+        Setting("lora", 6e-3),
         Setting("lora", 1e-2),
-        *equal_time,
-        Setting("adamw", 3e-5),
-        chunks(3e-4, switch_every=2, **factored, expansion_lr=2e-4),
         Setting("badam", 3e-3),
-        chunks(1e-3, 8, switch_every=2),
+        # As many updates as take the processor time of dense AdamW's 32.
+        replace(chunks(1e-4, **factored, expansion_lr=2e-4), num_updates=39),
+        Setting("lora", 3e-3, num_updates=46),
+        Setting("adamw", 3e-5),
         Setting("adamw", 1e-3),
-        Setting("adafactor", 3e-5),
-        Setting("chunkft", 3e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}),
-        Setting("lora", 3e-4),
+        chunks(1e-4, 4, **factored, expansion_lr=3e-4),
+        chunks(1e-4, switch_every=2, **factored, expansion_lr=2e-4),
         Setting("adafactor", 1e-3),
-        chunks(3e-4, **factored, expansion_lr=1e-4),
-        chunks(3e-4, 32, **factored, expansion_lr=2e-4),
-        chunks(3e-4, **factored, expansion_lr=2e-4, states="reset"),
-        Setting("badam", 3e-4),
+        Setting("adafactor", 3e-5),
         Setting("badam", 1e-2),
+        Setting("badam", 3e-4),
+        Setting("badam", 3e-3, num_updates=57),
+        Setting("chunkft", 1e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}),
+        chunks(1e-4, 32, **factored, expansion_lr=2e-4),
+        chunks(1e-4, **factored, expansion_lr=2e-4, states="reset"),
+        chunks(1e-3, 8, switch_every=2),
         chunks(3e-3),
-        chunks(3e-4, 8),
         chunks(1e-3, 8, precision="bf16", master="none"),
         chunks(1e-3, 8, precision="bf16", master="residual"),
+        chunks(1e-4, 1, **in_backward, precision="bf16", master="residual"),
     ]
 
 
@@ -208,7 +207,9 @@ def _method(model: Any, setting: Setting, observer: Any) -> Update:
     if "expansion_lr" in options:
         options["expansion_lr"] = linear_decay(options["expansion_lr"], setting.num_updates, cycle_length)
     rate = linear_decay(setting.learning_rate, setting.num_updates, cycle_length)
-    return chunkft(model, rate, observer, activation_checkpointing="full", seed=SEED, **options)
+    if options.get("update_in_backward"):
+        options["max_grad_norm"] = None
+    return chunkft(model, rate, observer, seed=SEED, **{"activation_checkpointing": "full", **options})
 
 
 def read_rows() -> list[dict[str, Any]]:
