@@ -31,15 +31,21 @@ class ComposedSegment:
 
 
 def compose(
-    trace: StepTrace, runs: Sequence[LayerRun], slice_numels: Sequence[int], itemsize: int
+    trace: StepTrace,
+    runs: Sequence[LayerRun],
+    slice_numels: Sequence[int],
+    itemsize: int,
+    slices: Sequence[Sequence[int]] = (),
 ) -> list[ComposedSegment]:
     """The step's segments in order of time, for all layers.
 
     Args:
         trace: of the distinct layers of ``runs``.
         runs: the layers of the whole model.
-        slice_numels: elements of the chunk's slices: gradients of cut ones are scaled from the traced sizes.
+        slice_numels: elements of the chunk's slices that the traced ones stand for (the first of each, see
+            :func:`planner.structure.stand_ins`): gradients of cut ones are scaled from the traced sizes.
         itemsize: bytes per element of a gradient.
+        slices: which slices those are; with them, events name the chunk's slices, else the traced ones.
 
     Raises:
         CompositionError: a reference between layers cannot be resolved.
@@ -58,8 +64,13 @@ def compose(
                 number = len(sizes)
                 block = blocks[event]
                 numbers[segment.phase, here, born[event][2]] = number
-                sizes[number] = (block.size_bytes, block.slice_ordinal)
-                events.append((number, block.size_bytes, block.slice_ordinal))
+                ordinal_of_slice = block.slice_ordinal
+                if slices and ordinal_of_slice >= 0:
+                    stood_for = slices[ordinal_of_slice]
+                    copy = here - layers.real[segment.place][0] if len(stood_for) > 1 else 0
+                    ordinal_of_slice = stood_for[copy]
+                sizes[number] = (block.size_bytes, ordinal_of_slice)
+                events.append((number, block.size_bytes, ordinal_of_slice))
                 continue
             phase, _, ordinal = birth = born[-1 - event]
             for target in _targets(segment, here, birth, layers, shared):
@@ -186,10 +197,10 @@ def summarise(
     Args:
         trace: as for :func:`compose`, like the next three.
         runs: the layers of the whole model.
-        slice_numels: elements of the chunk's slices.
+        slice_numels: elements of the chunk's slices, as for :func:`compose`.
         itemsize: bytes per element of a gradient.
         granularity: every block is rounded up to a multiple of this many bytes (512 on CUDA, 1 on the CPU).
-        updates: of the chunk's slices, where they are updated in backward.
+        updates: of the same slices, where they are updated in backward.
     """
     layers = _Layers.of(runs)
     born = _births(trace)

@@ -13,7 +13,7 @@ from planner.cache import TraceStore
 from planner.compose import SegmentSummary, SliceUpdate, summarise
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from planner.spec import GpuSpec
-from planner.structure import ModelStructure, chunk_roles
+from planner.structure import ModelStructure, chunk_roles, stand_ins
 from planner.timing import Rates, rates, transfer_seconds
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
@@ -105,7 +105,8 @@ class Footprints:
         roles = chunk_roles(self.structure, chunk, self.training)
         runs = tuple(layer_runs(roles.layers))
         trace = self.store.step(chunk, roles, expands=schedule.expansion == "factored")
-        numels = [piece.numel for piece in chunk.slices]
+        traced = [chunk.slices[ordinals[0]] for ordinals in stand_ins(self.structure, chunk, runs)]
+        numels = [piece.numel for piece in traced]
         sizes = (numels, self.training.trained_precision.itemsize, self.granularity)
         summaries = summarise(trace, runs, *sizes)
         accumulated: list[SegmentSummary] = []
@@ -116,7 +117,7 @@ class Footprints:
         total_seconds = 0.0
         for update in updates_of_visit(schedule):
             if self.training.update_in_backward:
-                summaries = summarise(trace, runs, *sizes, self._updates_in_backward(chunk, schedule, update))
+                summaries = summarise(trace, runs, *sizes, self._updates_in_backward(traced, schedule, update))
             moments, seconds = self._moments(chunk, summaries, accumulated or summaries, schedule, update)
             total_seconds += seconds * update.count
             highest = max(highest, moments, key=lambda items: max((m.allocated_bytes for m in items), default=0))
@@ -227,10 +228,12 @@ class Footprints:
             moments.append(Moment("optimizer", "end", seconds, tuple(live)))
         return moments, seconds
 
-    def _updates_in_backward(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> list[SliceUpdate]:
+    def _updates_in_backward(
+        self, pieces: Sequence[Slice], schedule: ScheduleSpec, update: Update
+    ) -> list[SliceUpdate]:
         """What the update of each slice adds to the moment at which its gradient is complete."""
         found = []
-        for piece in chunk.slices:
+        for piece in pieces:
             summary = self._update(piece, schedule, update)["optimizer"]
             net = list(summary.net)
             net[_GRADIENTS] = 0

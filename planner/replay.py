@@ -11,6 +11,7 @@ from planner.allocator import CachingAllocator
 from planner.compose import compose
 from planner.footprint import ChunkFootprint, Footprints, Update, updates_of_visit
 from planner.overheads import Overheads
+from planner.structure import stand_ins
 
 
 def reserved_bytes(
@@ -54,15 +55,16 @@ class _Replay:
     def _update(self, footprint: ChunkFootprint, update: Update, states: list[int]) -> list[int]:
         itemsize = self._footprints.training.trained_precision.itemsize
         pieces = footprint.chunk.slices
-        numels = [piece.numel for piece in pieces]
+        slices = stand_ins(self._footprints.structure, footprint.chunk, footprint.runs)
+        numels = [pieces[ordinals[0]].numel for ordinals in slices]
         gradients: dict[int, int] = {}
         accumulates = self._footprints.training.gradient_accumulation_steps > 1
         if accumulates:
-            gradients = {i: self._malloc(numel * itemsize) for i, numel in enumerate(numels)}
+            gradients = {i: self._malloc(piece.numel * itemsize) for i, piece in enumerate(pieces)}
         is_in_backward = self._footprints.training.update_in_backward
         live: dict[int, tuple[int, int]] = {}
         staying: list[int] = []
-        for segment in compose(footprint.trace, footprint.runs, numels, itemsize):
+        for segment in compose(footprint.trace, footprint.runs, numels, itemsize, slices):
             for number, size_bytes, ordinal in segment.events:
                 if size_bytes >= 0:
                     live[number] = self._malloc(size_bytes), ordinal
@@ -80,8 +82,8 @@ class _Replay:
             staying += self._update_slice(pieces[position], update, block)
         for block in buffers:
             self._allocator.free(block)
-        for block, _ in live.values():
-            if block not in gradients.values():
+        for block, ordinal in live.values():
+            if ordinal < 0:
                 self._allocator.free(block)
         if update.leaves:
             for block in states:

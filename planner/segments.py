@@ -17,7 +17,7 @@ EMBED, HEAD = -1, -2
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One allocation: bytes asked for, index into CATEGORIES, ordinal of the slice whose gradient it is, or −1."""
+    """One allocation: bytes asked for, index into CATEGORIES, ordinal of the traced slice whose gradient it is, or −1."""
 
     size_bytes: int
     category: int
@@ -41,7 +41,7 @@ class StepTrace:
     blocks: tuple[Block, ...]
     segments: tuple[Segment, ...]
     slice_numels: tuple[int, ...]
-    """Elements of the traced chunk's slices, to scale the gradients of cut ones."""
+    """Elements of the traced chunk's slices in traced layers and outside, to scale the gradients of cut ones."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the cache."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.chunks import Chunk, ParameterInfo, Slice
 from engine.spec import CheckpointedLayers, TrainingSpec
+from planner.segments import LayerRun, layer_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,6 @@ class ChunkRoles:
     @property
     def key(self) -> str:
         """Equal for chunks whose steps differ in nothing but the sizes of cut slices and the lengths of runs."""
-        from planner.segments import layer_runs
-
         runs = [(self.layers[run.first], min(run.num_layers, 3)) for run in layer_runs(self.layers)]
         return repr((runs, self.outside))
 
@@ -130,6 +129,23 @@ def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec)
         position = (layer > lowest) - (layer < lowest)
         roles.append((structure.signatures[layer], position, is_checkpointed, tuple(active.get(layer, ()))))
     return ChunkRoles(tuple(roles), tuple(outside))
+
+
+def stand_ins(structure: ModelStructure, chunk: Chunk, runs: Sequence[LayerRun]) -> list[tuple[int, ...]]:
+    """For each slice of the chunk's trace, the ordinals of the chunk's slices that it stands for, layer by layer.
+
+    Slices of repeated layers are traced once; all others stand for themselves.
+    """
+    of_layer: dict[int, list[int]] = {}
+    for ordinal, piece in enumerate(chunk.slices):
+        of_layer.setdefault(structure.layer_of[piece.index], []).append(ordinal)
+    found = [(ordinal,) for ordinal in of_layer.get(-1, [])]
+    for run in runs:
+        layer = run.first
+        for repeat in run.repeats:
+            found += zip(*(of_layer.get(real, []) for real in range(layer, layer + repeat)), strict=True)
+            layer += repeat
+    return sorted(found)
 
 
 def _cut_kind(structure: ModelStructure, piece: Slice) -> int:

@@ -144,7 +144,8 @@ class ModelTracer:
                 for piece in active:
                     piece.tensor.grad = torch.empty_like(piece.tensor, requires_grad=False)
                     mode.ignore(piece.tensor.grad)
-            gradients = stack.enter_context(_watched_gradients(mode, active))
+            taking_part = self._taking_part(active, kept)
+            gradients = stack.enter_context(_watched_gradients(mode, taking_part))
             with mode:
                 mode.enter_segment("forward", EMBED)
                 mode.category = _OTHER
@@ -164,10 +165,16 @@ class ModelTracer:
                 if training.packing and not asked:
                     raise would_meet(self.model)
                 mode.enter_segment("end", EMBED)
-            trace = self._finish(mode, gradients, active)
+            trace = self._finish(mode, gradients, taking_part)
             for piece in active:
                 piece.release_gradient()
         return trace
+
+    def _taking_part(self, active: list[ActiveSlice], kept: list[int]) -> list[ActiveSlice]:
+        """The active slices outside the layers and in the kept ones: see :func:`planner.structure.stand_ins`."""
+        left_out = set(range(len(self.layers))) - set(kept) if self._is_composed else set()
+        absent = {id(parameter) for index in left_out for parameter in self.layers[index].parameters()}
+        return [piece for piece in active if id(piece.parameter) not in absent]
 
     def _expansion(self, mode: MemoryTrace) -> Expansion:
         expansion = Expansion(zip(self.stream.names, self.stream.parameters, strict=True))

@@ -2,11 +2,15 @@
 
 import pytest
 
-from engine.chunks import partition
-from engine.spec import TrainingSpec
+import planner.footprint
+import planner.structure
+import planner.trace
+from engine.chunks import Chunk, Slice, partition
+from engine.spec import TrainingSpec, parse
+from planner import PlanRequest, plan
 from planner.compose import compose, summarise
 from planner.segments import LayerRun, layer_runs
-from planner.structure import chunk_roles
+from planner.structure import chunk_roles, stand_ins
 from planner.trace import ModelTracer
 
 BASE = {
@@ -56,6 +60,11 @@ def whole_model(tracer, structure, chunk, numels):
     return compose(trace, runs, numels, tracer.training.precision.itemsize), (trace, runs)
 
 
+def stood_for(structure, chunk, runs):
+    """Elements of the slices that a trace of the chunk's roles knows."""
+    return [chunk.slices[ordinals[0]].numel for ordinals in stand_ins(structure, chunk, runs)]
+
+
 def sizes(segments):
     return [(s.phase, s.place, [size_bytes for _, size_bytes, _ in s.events]) for s in segments]
 
@@ -91,13 +100,14 @@ def assert_composed_is_whole(family, device, changes):
         chunk = partition(structure.parameters, num_chunks)[index]
         roles = chunk_roles(structure, chunk, tracer.training)
         runs = layer_runs(roles.layers)
-        numels = [piece.numel for piece in chunk.slices]
+        numels = stood_for(structure, chunk, runs)
         itemsize = tracer.training.precision.itemsize
         trace = tracer.trace(chunk, roles)
-        whole, (whole_trace, whole_runs) = whole_model(tracer, structure, chunk, numels)
+        all_numels = [piece.numel for piece in chunk.slices]
+        whole, (whole_trace, whole_runs) = whole_model(tracer, structure, chunk, all_numels)
         assert sizes(compose(trace, runs, numels, itemsize)) == sizes(whole)
         assert peak_bytes(summarise(trace, runs, numels, itemsize, 512)) == peak_bytes(
-            summarise(whole_trace, whole_runs, numels, itemsize, 512)
+            summarise(whole_trace, whole_runs, all_numels, itemsize, 512)
         )
 
 
@@ -118,9 +128,44 @@ def test_chunks_that_share_a_trace_get_their_own_sizes(family, changes):
             break
         num_resized += 1
         trace = tracer.trace(first, chunk_roles(structure, first, tracer.training))
-        composed = compose(trace, layer_runs(roles.layers), numels, 2)
+        runs = layer_runs(roles.layers)
+        composed = compose(trace, runs, stood_for(structure, chunk, runs), 2)
         assert sizes(composed) == sizes(whole_model(tracer, structure, chunk, numels)[0])
     assert num_resized == most
+
+
+def chunk_of_layers(structure, layers):
+    pieces = [
+        Slice(index, 0, info.numel)
+        for index, (info, layer) in enumerate(zip(structure.parameters, structure.layer_of, strict=True))
+        if layer in layers
+    ]
+    return Chunk(0, tuple(pieces))
+
+
+@pytest.mark.parametrize("changes", [{}, {"update_in_backward": True, "max_grad_norm": None}], ids=["end", "in-backward"])
+def test_a_trace_serves_chunks_of_more_and_of_fewer_layers(changes):
+    tracer = tracer_of("llama", changes, "cuda", num_layers=12)
+    structure = tracer.structure()
+    long, short = chunk_of_layers(structure, range(1, 8)), chunk_of_layers(structure, range(1, 5))
+    long_roles, roles = (chunk_roles(structure, chunk, tracer.training) for chunk in (long, short))
+    assert long_roles.key == roles.key
+    runs, trace = layer_runs(roles.layers), tracer.trace(long, long_roles)
+    slices = stand_ins(structure, short, runs)
+    composed = compose(trace, runs, stood_for(structure, short, runs), 2, slices)
+    whole, _ = whole_model(tracer, structure, short, [piece.numel for piece in short.slices])
+    assert gradients(composed) == gradients(whole)
+    assert {ordinal for *_, ordinal in gradients(composed)} == set(range(len(short.slices)))
+
+
+def gradients(segments):
+    """Where the gradients of the chunk's slices come and go."""
+    return [
+        (segment.phase, segment.place, size_bytes, ordinal)
+        for segment in segments
+        for _, size_bytes, ordinal in segment.events
+        if ordinal >= 0
+    ]
 
 
 def test_layers_of_two_kinds_are_not_mixed():
@@ -129,3 +174,22 @@ def test_layers_of_two_kinds_are_not_mixed():
     sliding, full = structure.signatures[:2]
     assert sliding != full
     assert structure.signatures == (sliding, full) * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": {"num_chunks": 2, "switch_every": 3}},
+        {"schedule": {"num_chunks": 2}, "update_in_backward": True, "max_grad_norm": None},
+    ],
+    ids=["at-the-end", "in-backward"],
+)
+def test_reserved_bytes_are_those_of_the_whole_model(changes, monkeypatch, tmp_path):
+    config = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 14}
+    training = {"seq_len": 64, "micro_batch_size": 4, "optimizer": "adamw", **changes}
+    request = parse(PlanRequest, {"model": {"config": config}, "gpu": "rtx-4090", "training": training})
+    composed = plan(request).peak
+    for module in (planner.footprint, planner.trace, planner.structure):
+        monkeypatch.setattr(module, "layer_runs", lambda roles: [LayerRun(index, 1) for index in range(len(roles))])
+    monkeypatch.setenv("CHUNKPLAN_CACHE_DIR", str(tmp_path))
+    assert plan(request).peak == composed
