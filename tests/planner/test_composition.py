@@ -143,7 +143,9 @@ def chunk_of_layers(structure, layers):
     return Chunk(0, tuple(pieces))
 
 
-@pytest.mark.parametrize("changes", [{}, {"update_in_backward": True, "max_grad_norm": None}], ids=["end", "in-backward"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"update_in_backward": True, "max_grad_norm": None}], ids=["end", "in-backward"]
+)
 def test_a_trace_serves_chunks_of_more_and_of_fewer_layers(changes):
     tracer = tracer_of("llama", changes, "cuda", num_layers=12)
     structure = tracer.structure()
