@@ -17,7 +17,7 @@ EMBED, HEAD = -1, -2
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One allocation: bytes asked for, index into CATEGORIES, ordinal of the traced slice whose gradient it is, or −1."""
+    """One allocation: bytes asked for, index into CATEGORIES, the traced slice whose gradient it is, or −1."""
 
     size_bytes: int
     category: int
