@@ -250,13 +250,14 @@ class Footprints:
         return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
 
 
+def place_name(place: int) -> str:
+    """``embedding``, ``head`` or ``layer 3``."""
+    return {EMBED: "embedding", HEAD: "head"}.get(place, f"layer {place}")
+
+
 def segment_name(summary: SegmentSummary) -> str:
-    """``embedding``, ``head``, ``layer 3`` or ``layers 3-9`` in the order of time."""
-    if summary.place == EMBED:
-        return "embedding"
-    if summary.place == HEAD:
-        return "head"
+    """The place of a segment, or ``layers 3-9`` in the order of time."""
     if summary.num_copies == 1:
-        return f"layer {summary.place}"
+        return place_name(summary.place)
     last = summary.place + (summary.num_copies - 1) * (1 if summary.phase == "forward" else -1)
     return f"layers {summary.place}-{last}"

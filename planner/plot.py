@@ -1,32 +1,37 @@
-"""Draws a footprint: live memory by category over one cycle, and the device's capacity. Imports no torch.
+"""Draws a footprint: live memory by category over one cycle, the device's capacity, each chunk's peaks. No torch.
 
 Two panels share the time axis. The upper one leaves the weights out, which are constant and would flatten everything
-else; the lower one shows all memory against the capacity.
+else; the middle one shows all memory against the capacity. The lower one has each chunk's peak in each phase.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from planner.spec import Plan, Timeline, TimelinePoint
 
 GIBIBYTE = 1 << 30
 _INK, _MUTED, _GRID, _CAPACITY = "#1f2933", "#697586", "#e4e7eb", "#c0392b"
-# From what stays to what comes and goes; hues that colour-blind readers can tell apart.
+# From what stays to what comes and goes. Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = {
-    "weights": "#34558b",
-    "optimizer_states": "#6f9fd8",
-    "gradients": "#2a9d8f",
-    "activations": "#e9b949",
-    "loss": "#e76f51",
-    "workspace": "#9b72b0",
-    "other": "#b8c0ca",
+    "weights": "#0072b2",
+    "optimizer_states": "#56b4e9",
+    "gradients": "#009e73",
+    "activations": "#e69f00",
+    "loss": "#d55e00",
+    "workspace": "#cc79a7",
+    "other": "#999999",
 }
+_PHASE_MARKS = {"forward": ("o", "#0072b2"), "backward": ("s", "#d55e00"), "optimizer": ("^", "#009e73")}
 _ABOVE_WEIGHTS = [category for category in _COLOURS if category != "weights"]
 _LABEL_SHARE = 0.035
 """Of the axis, that the number of a chunk needs."""
@@ -40,21 +45,41 @@ def plot_footprint(plan: Plan, timeline: Timeline, path: Path) -> None:
         timeline: its footprint over one cycle.
         path: the file.
     """
-    figure = Figure(figsize=(11, 6.4), dpi=160, facecolor="white", layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1.25])
-    _stack(upper, timeline.points, _ABOVE_WEIGHTS)
-    _stack(lower, timeline.points, list(_COLOURS))
+    _draw(plan, timeline).savefig(path)
+
+
+def picture(plan: Plan, timeline: Timeline, form: Literal["png", "svg"]) -> bytes:
+    """The content of the file that :func:`plot_footprint` would write; the same for the same plan."""
+    content = io.BytesIO()
+    with rc_context({"svg.hashsalt": plan.id}):
+        _draw(plan, timeline).savefig(content, format=form, metadata={"Date": None} if form == "svg" else None)
+    return content.getvalue()
+
+
+def _draw(plan: Plan, timeline: Timeline) -> Figure:
+    has_chunks = len(plan.chunks) > 1
+    height = 6.4 + (2.2 if has_chunks else 0)
+    figure = Figure(figsize=(11, height), dpi=160, facecolor="white", layout="constrained")
+    grid = figure.add_gridspec(3 if has_chunks else 2, 1, height_ratios=[3, 1.25, 1.35][: 2 + has_chunks])
+    upper = figure.add_subplot(grid[0])
+    lower = figure.add_subplot(grid[1], sharex=upper)
+    upper.tick_params(labelbottom=False)
+    end = sum(chunk.step_seconds for chunk in plan.chunks)
+    _stack(upper, timeline.points, _ABOVE_WEIGHTS, end)
+    _stack(lower, timeline.points, list(_COLOURS), end)
     _mark_peak(upper, timeline)
     _mark_chunks(upper, lower, timeline)
     _mark_capacity(lower, plan, timeline)
     _label(figure, upper, lower, plan)
-    figure.savefig(path)
+    if has_chunks:
+        _chunk_peaks(figure.add_subplot(grid[2]), plan)
+    return figure
 
 
-def _stack(axes: Axes, points: Sequence[TimelinePoint], categories: Sequence[str]) -> None:
-    """Stacked areas; a point holds until the next one."""
+def _stack(axes: Axes, points: Sequence[TimelinePoint], categories: Sequence[str], end: float) -> None:
+    """Stacked areas; a point holds until the next one, the last one until the end of the cycle."""
     seconds = np.array([point.seconds for point in points])
-    edges = np.append(seconds, seconds[-1] + _mean_gap(seconds))
+    edges = np.append(seconds, max(end, seconds[-1]))
     below = np.zeros(len(edges))
     for category in categories:
         values = np.array([getattr(point.breakdown, category) for point in points]) / GIBIBYTE
@@ -67,10 +92,6 @@ def _stack(axes: Axes, points: Sequence[TimelinePoint], categories: Sequence[str
     axes.step(edges, below, where="post", color=_INK, linewidth=0.5)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, float(below.max()) * 1.16 or 1.0)
-
-
-def _mean_gap(seconds: np.ndarray) -> float:
-    return float(seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1) or 1.0
 
 
 def _mark_peak(axes: Axes, timeline: Timeline) -> None:
@@ -138,14 +159,42 @@ def _mark_capacity(axes: Axes, plan: Plan, timeline: Timeline) -> None:
     )
 
 
+def _chunk_peaks(axes: Axes, plan: Plan) -> None:
+    """Each chunk's highest moment in each phase, above the weights."""
+    weights = plan.model.parameter_bytes
+    indices = [chunk.index for chunk in plan.chunks]
+    for phase, (marker, colour) in _PHASE_MARKS.items():
+        peaks = [chunk.phase_peak_bytes.get(phase) for chunk in plan.chunks]
+        above = [float("nan") if peak is None else (peak - weights) / GIBIBYTE for peak in peaks]
+        axes.plot(
+            indices, above, marker=marker, markersize=4 if len(indices) <= 64 else 2, linewidth=0.8, color=colour,
+            label=phase,
+        )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(-0.5, len(indices) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("peak of each chunk's step, by phase", loc="left", fontsize=9.5, color=_MUTED)
+    axes.set_xlabel("chunk, from the embedding to the head", color=_MUTED)
+    axes.set_ylabel("GiB on top\nof the weights", color=_MUTED)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=_INK)
+    _style(axes)
+
+
+def _style(axes: Axes) -> None:
+    axes.tick_params(colors=_MUTED, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRID)
+    axes.grid(axis="y", color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
 def _label(figure: Figure, upper: Axes, lower: Axes, plan: Plan) -> None:
     training = plan.request.training
     schedule = plan.schedule
-    device = plan.request.gpu if isinstance(plan.request.gpu, str) else plan.request.gpu.name
     chunks = f", {schedule.num_chunks} chunks {schedule.order.value}" if schedule.num_chunks > 1 else ""
     batch = f"batch {training.micro_batch_size} × {training.seq_len} tokens"
     verdict = "fits" if plan.fits else "does not fit"
-    title = f"{plan.model.name} on {device}: {verdict}"
+    title = f"{plan.model.name} on {plan.device_name}: {verdict}"
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     subtitle = f"{training.precision.value}, {training.optimizer}, {batch}{chunks}; one cycle"
     upper.set_title(f"{subtitle}\n", loc="left", fontsize=9.5, color=_MUTED)
@@ -153,11 +202,7 @@ def _label(figure: Figure, upper: Axes, lower: Axes, plan: Plan) -> None:
     lower.set_ylabel("GiB, all", color=_MUTED)
     lower.set_xlabel("seconds since the start of the cycle", color=_MUTED)
     for axes in (upper, lower):
-        axes.tick_params(colors=_MUTED, length=3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_GRID)
-        axes.grid(axis="y", color=_GRID, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _style(axes)
     handles, labels = lower.get_legend_handles_labels()
     upper.legend(
         handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=_INK

@@ -143,6 +143,11 @@ class Plan(Result):
     alternatives: list[Alternative]
     warnings: list[str]
 
+    @property
+    def device_name(self) -> str:
+        """What the device is called."""
+        return self.request.gpu if isinstance(self.request.gpu, str) else self.request.gpu.name
+
 
 class TimelinePoint(Result):
     """Live bytes by category at the peak of one segment (a layer in a phase) of one chunk's step."""

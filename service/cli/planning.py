@@ -9,6 +9,7 @@ import typer
 
 from engine.errors import InputError
 from engine.spec import parse
+from planner.exports import export, format_of
 from planner.spec import Plan, PlanRequest
 from service.cli.exits import DOES_NOT_FIT, CommandError
 from service.cli.output import JsonOption, console, print_json
@@ -51,6 +52,13 @@ def plan(
     memory_limit: Annotated[str | None, typer.Option(help="Use at most this much of the device: 12GiB.")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Search for the fastest schedule that fits.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the footprint: FILE.png, .svg or .pdf.")] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(help="Write the footprint: FILE.json, .perfetto.json (a trace), .pickle (for memory_viz)."),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Of a .pickle timeline: whose step; by default the one with the peak.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict a run's memory and time. Exit code 3 when it does not fit."""
@@ -87,15 +95,20 @@ def plan(
         "training": _given(training)
         | ({"update_in_backward": True, "max_grad_norm": None} if update_in_backward else {}),
     }
-    show(parse(PlanRequest, request), plot, as_json=as_json)
+    if timeline is not None:
+        format_of(timeline)
+    elif chunk is not None:
+        raise InputError("chunk", "says of whose step a --timeline FILE.pickle is; give that too")
+    planned = show(parse(PlanRequest, request), as_json=as_json)
+    if plot is not None:
+        _draw(planned, plot, quiet=as_json)
+    if timeline is not None:
+        _export(planned, timeline, chunk, quiet=as_json)
+    require_fit(planned)
 
 
-def show(request: PlanRequest, plot: Path | None, *, as_json: bool) -> None:
-    """Plan, print, draw.
-
-    Raises:
-        CommandError: it does not fit; names what does.
-    """
+def show(request: PlanRequest, *, as_json: bool) -> Plan:
+    """Plan and print."""
     import planner
 
     planned = planner.plan(request)
@@ -105,9 +118,7 @@ def show(request: PlanRequest, plot: Path | None, *, as_json: bool) -> None:
         from service.cli.plan_view import print_plan
 
         print_plan(planned)
-    if plot is not None:
-        _draw(planned, plot, quiet=as_json)
-    require_fit(planned)
+    return planned
 
 
 def require_fit(planned: Plan) -> None:
@@ -133,6 +144,16 @@ def _draw(planned: Plan, path: Path, *, quiet: bool) -> None:
         raise InputError("plot", f"cannot write {path}: {error.strerror}") from error
     if not quiet:
         console().print(f"footprint drawn in {path}", soft_wrap=True)
+
+
+def _export(planned: Plan, path: Path, chunk: int | None, *, quiet: bool) -> None:
+    content = export(planned, format_of(path), chunk)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise InputError("timeline", f"cannot write {path}: {error.strerror}") from error
+    if not quiet:
+        console().print(f"timeline written to {path}", soft_wrap=True)
 
 
 def _schedule(values: dict[str, Any], *, auto: bool) -> dict[str, Any] | str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Query
 from starlette.responses import JSONResponse, Response
 
+from planner.exports import Format
 from planner.spec import Plan, PlanRequest, Timeline
 from service.dependencies import PlansDep, ReadSession
 from service.paging import OptionalText, Page, WindowDep
@@ -14,6 +15,16 @@ from service.plans.repository import PlanRepository
 from service.plans.schemas import CompareRequest, Comparison, PlanSummary
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
+
+_FILE_TYPES: dict[Format, tuple[str, str]] = {
+    "json": ("application/json", ".json"),
+    "perfetto": ("application/json", ".perfetto.json"),
+    "memory_snapshot": ("application/octet-stream", ".pickle"),
+    "svg": ("image/svg+xml", ".svg"),
+    "png": ("image/png", ".png"),
+}
+"""Media type and the end of the file's name."""
+_FILES: dict[str, Any] = {media_type: {} for media_type, _ in _FILE_TYPES.values()}
 
 
 @router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}})
@@ -49,7 +60,22 @@ def show_plan(plan_id: str, session: ReadSession, if_none_match: Annotated[str |
     return JSONResponse(row.plan, headers=headers)
 
 
-@router.get("/{plan_id}/timeline")
-def show_timeline(plan_id: str, plans: PlansDep) -> Timeline:
-    """The footprint over one cycle: live bytes by category, layer by layer."""
-    return plans.timeline(plan_id)
+@router.get("/{plan_id}/timeline", response_model=Timeline, responses={200: {"content": _FILES}})
+def show_timeline(
+    plan_id: str,
+    plans: PlansDep,
+    form: Annotated[Format, Query(alias="format")] = "json",
+    chunk: Annotated[int | None, Query(ge=0)] = None,
+) -> Any:
+    """The footprint over one cycle: live bytes by category, layer by layer.
+
+    `format`: `json`; `perfetto`, a trace for ui.perfetto.dev and chrome://tracing; `memory_snapshot`, for
+    pytorch.org/memory_viz the allocations of one `chunk` (default: the one with the peak); `svg` and `png`, the picture.
+    """
+    if form == "json" and chunk is None:
+        return plans.timeline(plan_id)
+    media_type, suffix = _FILE_TYPES[form]
+    content = plans.export(plan_id, form, chunk)
+    disposition = "inline" if form in ("svg", "png") else "attachment"
+    headers = {"Content-Disposition": f'{disposition}; filename="{plan_id}{suffix}"'}
+    return Response(content, media_type=media_type, headers=headers)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from engine.spec import ModelConfig, ModelPath, TrainingSpec, parse
 from planner.catalog import find_gpu
+from planner.exports import Format
 from planner.planning import Planner as Planning
 from planner.planning import plan_id
 from planner.spec import GpuSpec, Plan, PlanRequest, Timeline
@@ -63,13 +64,25 @@ class PlanService:
             NotFound: there is no such plan.
             Conflict: the planner or the model has changed since, so that a timeline would contradict the plan.
         """
+        timeline = self._planner.timeline(self._current(plan_id).request)
+        return thin(timeline, self._settings.max_timeline_points)
+
+    def export(self, plan_id: str, form: Format, chunk_index: int | None) -> bytes:
+        """The plan's footprint as a file; raises as :meth:`timeline` does.
+
+        Raises:
+            InputError: the plan has no such chunk, or the format is of all chunks.
+        """
+        return self._planner.export(self._current(plan_id), form, chunk_index)
+
+    def _current(self, plan_id: str) -> Plan:
+        """A stored plan that this planner would make again."""
         with self._database.read() as session:
             plan = Plan.model_validate(PlanRepository(session).get(plan_id).plan)
         if _content_id(plan.request) != plan.id:
             message = "another planner version made this plan, or its model has changed; plan the request again"
             raise Conflict("planner_changed", message)
-        timeline = self._planner.timeline(plan.request)
-        return thin(timeline, self._settings.max_timeline_points)
+        return plan
 
     def _checked(self, request: PlanRequest) -> PlanRequest:
         if isinstance(request.model, ModelConfig):

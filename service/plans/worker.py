@@ -11,11 +11,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import structlog
+from pydantic import BaseModel
 
 from engine.errors import InputError
+from planner.exports import Format
 from planner.spec import Plan, PlanRequest, Timeline
 from service.errors import Busy, Unprocessable
 
@@ -31,6 +34,9 @@ class Planner(Protocol):
     def timeline(self, request: PlanRequest) -> Timeline:
         """The footprint of a request over one cycle."""
 
+    def export(self, plan: Plan, form: Format, chunk_index: int | None) -> bytes:
+        """A plan's footprint in a format of `planner.exports`."""
+
     def close(self) -> None:
         """Ends the worker process."""
 
@@ -42,7 +48,7 @@ class _Worker:
 
 
 class PlannerProcess:
-    """Runs `planner.plan` and `planner.timeline` in one spawned process, one request at a time.
+    """Runs `planner.plan`, `planner.timeline` and exports in one spawned process, one request at a time.
 
     Args:
         timeout_seconds: a request that takes longer is given up and its process killed.
@@ -69,12 +75,18 @@ class PlannerProcess:
         """See `planner.timeline`; raises as `plan` does."""
         return Timeline.model_validate_json(self._call(_timeline, request))
 
+    def export(self, plan: Plan, form: Format, chunk_index: int | None) -> bytes:
+        """See `planner.exports.export`; raises as `plan` does."""
+        answer = self._call(partial(_export, form, chunk_index), plan)
+        assert isinstance(answer, bytes)
+        return answer
+
     def close(self) -> None:
         """Ends the worker process."""
         with self._turn:
             self._kill()
 
-    def _call(self, function: Callable[[str], Answer], request: PlanRequest) -> str:
+    def _call(self, function: Callable[[str], Answer], request: BaseModel) -> str | bytes:
         if not self._turn.acquire(timeout=self._queue_seconds):
             raise Busy("planner_busy", "other plans are being computed; try again soon", retry_after_seconds=10)
         try:
@@ -82,7 +94,7 @@ class PlannerProcess:
         finally:
             self._turn.release()
         if status == "input":
-            raise InputError(rest[0], rest[1])
+            raise InputError(str(rest[0]), str(rest[1]))
         return rest[0]
 
     def _run(self, function: Callable[[str], Answer], request: str) -> Answer:
@@ -129,8 +141,8 @@ def _start_worker() -> _Worker:
         raise Busy("planner_slow", "this machine is too busy to start a planner", retry_after_seconds=60) from error
 
 
-Answer = tuple[str, ...]
-"""``("ok", json)`` or ``("input", field, message)``."""
+Answer = tuple[str | bytes, ...]
+"""``("ok", json or file)`` or ``("input", field, message)``."""
 
 
 def _initialise() -> None:
@@ -149,17 +161,23 @@ def _follow_parent() -> None:
 def _plan(request: str) -> Answer:
     import planner
 
-    return _answer(lambda: planner.plan(PlanRequest.model_validate_json(request)))
+    return _answer(lambda: planner.plan(PlanRequest.model_validate_json(request)).model_dump_json())
 
 
 def _timeline(request: str) -> Answer:
     import planner
 
-    return _answer(lambda: planner.timeline(PlanRequest.model_validate_json(request)))
+    return _answer(lambda: planner.timeline(PlanRequest.model_validate_json(request)).model_dump_json())
 
 
-def _answer(compute: Callable[[], Any]) -> Answer:
+def _export(form: Format, chunk_index: int | None, plan: str) -> Answer:
+    from planner.exports import export
+
+    return _answer(lambda: export(Plan.model_validate_json(plan), form, chunk_index))
+
+
+def _answer(compute: Callable[[], str | bytes]) -> Answer:
     try:
-        return "ok", compute().model_dump_json()
+        return "ok", compute()
     except InputError as error:
         return "input", error.field, error.message

@@ -42,6 +42,41 @@ def test_a_timeline_reaches_the_peak_of_its_plan(client):
     assert [point["seconds"] for point in points] == sorted(point["seconds"] for point in points)
 
 
+@pytest.mark.parametrize(
+    ("form", "media_type", "suffix", "beginning"),
+    [
+        ("perfetto", "application/json", ".perfetto.json", b'{"traceEvents":['),
+        ("memory_snapshot", "application/octet-stream", ".pickle", b"\x80\x04"),
+        ("svg", "image/svg+xml", ".svg", b"<?xml"),
+        ("png", "image/png", ".png", b"\x89PNG"),
+    ],
+)
+def test_a_timeline_in_the_formats_of_other_tools(client, form, media_type, suffix, beginning):
+    plan_id = client.post("/v1/plans", json=REQUEST).json()["id"]
+    answer = client.get(f"/v1/plans/{plan_id}/timeline", params={"format": form})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == media_type
+    assert f'filename="{plan_id}{suffix}"' in answer.headers["content-disposition"]
+    assert answer.content.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"format": "csv"}, "format"),
+        ({"format": "memory_snapshot", "chunk": 8}, "chunk"),
+        ({"format": "memory_snapshot", "chunk": -1}, "chunk"),
+        ({"chunk": 0}, "chunk"),
+        ({"format": "svg", "chunk": 0}, "chunk"),
+    ],
+)
+def test_a_timeline_that_cannot_be_is_refused(client, parameters, field):
+    plan_id = client.post("/v1/plans", json=REQUEST).json()["id"]
+    answer = client.get(f"/v1/plans/{plan_id}/timeline", params=parameters)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == field
+
+
 def test_comparing_gives_a_plan_for_every_device_and_method(client):
     body = {"model": TINY_MODEL, "gpus": ["rtx-4090", "rtx-3060-12gb"], "methods": ["chunkft", "full"]}
     body["training"] = {"seq_len": 128, "schedule": {"num_chunks": 8}}

@@ -1,6 +1,7 @@
 """``chunkplan plan`` as a user types it."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -68,6 +69,22 @@ def test_a_picture(in_process, tiny, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["t.json", "t.perfetto.json", "t.pickle"])
+def test_a_timeline(in_process, tiny, tmp_path, name):
+    path = tmp_path / name
+    done = in_process(*tiny, "--chunks", "8", "--gpu", "rtx-4090", "--timeline", path)
+    assert done.returncode == 0
+    assert f"timeline written to {path}" in done.stdout
+    content = path.read_bytes()
+    if name == "t.pickle":
+        assert set(pickle.loads(content)) >= {"segments", "device_traces"}
+        other = in_process(*tiny, "--chunks", "8", "--gpu", "rtx-4090", "--timeline", path, "--chunk", "5")
+        assert other.returncode == 0
+        assert path.read_bytes() != content
+    else:
+        assert ("traceEvents" in json.loads(content)) == (name == "t.perfetto.json")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -82,6 +99,8 @@ def test_a_picture(in_process, tiny, tmp_path):
         (("--model", "gpt2", "--gpu", "rtx-4090", "--auto", "--chunks", "4"), "training.schedule: --auto chooses"),
         (("--model", "./nowhere", "--gpu", "rtx-4090"), "model.path: cannot read"),
         (("--model", "gpt2", "--gpu", "rtx-4090", "--plot", "a.bmp"), "plot: must end in .png"),
+        (("--model", "gpt2", "--gpu", "rtx-4090", "--timeline", "a.csv"), "timeline: must end in .perfetto.json"),
+        (("--model", "gpt2", "--gpu", "rtx-4090", "--chunk", "0"), "chunk: says of whose step"),
         (("--model", "gpt2", "--seq-len", "many"), "Invalid value for '--seq-len'"),
         (("--model", "gpt2", "--colour", "red"), "No such option: --colour"),
         ((), "Missing option '--model'"),
