@@ -70,7 +70,7 @@ def show_timeline(
     """The footprint over one cycle: live bytes by category, layer by layer.
 
     `format`: `json`; `perfetto`, a trace for ui.perfetto.dev and chrome://tracing; `memory_snapshot`, for
-    pytorch.org/memory_viz the allocations of one `chunk` (default: the one with the peak); `svg` and `png`, the picture.
+    pytorch.org/memory_viz the allocations of one `chunk` (default: that with the peak); `svg` and `png`, the picture.
     """
     if form == "json" and chunk is None:
         return plans.timeline(plan_id)
