@@ -40,7 +40,7 @@ def submit(
             console().print(f"would be admitted: up to {need} of {have} ({answer['plan_id']})")
         else:
             console().print(f"{answer['id']} is {answer['state']} ({answer['plan_id']})")
-        if not as_json:
+        if not as_json and (dry_run or not watch):  # the run itself says them, too
             for warning in answer.get("warnings", []):
                 console().print(f"[yellow]note[/]: {escape(warning)}", soft_wrap=True)
         if watch and not dry_run:

@@ -77,6 +77,15 @@ def test_events_are_those_the_protocol_names(uninterrupted):
     )
 
 
+def test_measured_peaks_of_a_chunk_are_the_same_in_every_cycle(uninterrupted):
+    cycles = [[] for _ in range(NUM_STEPS // NUM_CHUNKS)]
+    for step in events_of(uninterrupted, kind="step"):
+        peaks = [(sample["phase"], sample["allocated_bytes"]) for sample in step["samples"]]
+        cycles[step["visit"]].append(peaks)
+    steady = cycles[1:]  # the model is loaded in the first
+    assert all(cycle == steady[0] for cycle in steady)
+
+
 def test_one_cycle_updates_every_tensor(uninterrupted):
     (coverage,) = events_of(uninterrupted, kind="coverage")
     assert coverage["num_tensors"] == coverage["num_tensors_updated"] == 20
