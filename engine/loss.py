@@ -87,7 +87,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         block = block_tokens(weight.shape[0])
         losses = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden, dtype=result_dtypes[0]) if needs_hidden else None
-        d_target = weight.new_empty((stop - start, width), dtype=result_dtypes[1]) if needs_target else None
+        d_target = (
+            weight.new_empty(target.shape, dtype=result_dtypes[1]) if needs_target and target is not None else None
+        )
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         log_norms = hidden.new_empty(num_tokens, dtype=torch.float32) if needs_target else None
         for i in range(0, num_tokens, block):
@@ -107,22 +109,22 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 _mm_into(d_hidden[part], d_logits.to(weight.dtype), weight)
             del logits, d_logits, tanh
         if d_target is not None and log_norms is not None:
-            _weight_gradient(d_target, hidden, weight, bias, labels, log_norms, denominator, rows, transform)
+            d_rows = d_target.view(stop - start, width)
+            _weight_gradient(d_rows, hidden, weight, bias, labels, log_norms, denominator, rows, transform)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(d_hidden, d_target, d_bias)
+            ctx.gradients = (d_hidden, d_target, d_bias)
             ctx.bias_dtype = bias_dtype
-            ctx.target_shape = None if target is None else target.shape
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_target, d_bias = ctx.saved_tensors
+        # Handed out, not kept: autograd adds a tied embedding's gradient in place only to what nobody else holds.
+        d_hidden, d_target, d_bias = ctx.gradients
+        del ctx.gradients
         for gradient in (d_hidden, d_target, d_bias):
             if gradient is not None:
                 gradient.mul_(upstream)
-        if d_target is not None:
-            d_target = d_target.view(ctx.target_shape)
         if d_bias is not None:
             d_bias = d_bias.to(ctx.bias_dtype)
         return d_hidden, d_target, d_bias, None, None, None, None, None

@@ -44,7 +44,17 @@ _TRACED_CODE = {
         "tasks",
         "transfer",
     ),
-    "planner": ("autocast", "kernels", "memory", "overheads", "segments", "structure", "trace", "update"),
+    "planner": (
+        "accumulation",
+        "autocast",
+        "kernels",
+        "memory",
+        "overheads",
+        "segments",
+        "structure",
+        "trace",
+        "update",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from planner.accumulation import is_in_place, unheld
 from planner.kernels import kernel_scratch_bytes
 from planner.segments import CATEGORIES, Segment
 
@@ -27,6 +28,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def __init__(self, device_kind: str) -> None:
         super().__init__()
+        unheld()
         self.sizes: list[int] = []
         self.categories: list[int] = []
         self.segments: list[tuple[str, int, list[int], Counter[tuple[int, int]]]] = []
@@ -68,6 +70,13 @@ class MemoryTrace(TorchDispatchMode):
 
         return callback
 
+    def _take_over(self, tensor: Tensor) -> int:
+        """The tensor's block, which another tensor gets: the end of this one no longer frees it."""
+        key = tensor.untyped_storage()._cdata
+        block, reference = self._live[key]
+        self._live[key] = (-1, reference)
+        return block
+
     def _allocate(self, size_bytes: int, category: int) -> int:
         self.sizes.append(size_bytes)
         self.categories.append(category)
@@ -76,6 +85,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        taken_over = self._take_over(args[0]) if is_in_place(func, args) else None
         out = func(*args, **kwargs)
         outputs = out if isinstance(out, tuple | list) else (out,)
         is_new = False
@@ -87,7 +97,9 @@ class MemoryTrace(TorchDispatchMode):
             if key not in self._live:
                 is_new = True
                 size_bytes = storage.nbytes()
-                block = self._allocate(size_bytes, self.category) if size_bytes else -1
+                block = taken_over
+                if block is None:
+                    block = self._allocate(size_bytes, self.category) if size_bytes else -1
                 self._live[key] = (block, weakref.ref(storage, self._forget(key)))
         scratch = kernel_scratch_bytes(func, args, out, self._device_kind)
         if scratch:

@@ -176,3 +176,19 @@ def test_checkpointing_lowers_the_peak_of_the_bottom_chunk():
             tuner.backward(tiny_batch(num_rows=8, num_tokens=64))
         peaks[checkpointing] = max(sample.allocated_bytes for sample in profiler.samples)
     assert peaks["full"] < 0.5 * peaks["none"]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_a_tied_embedding_needs_its_gradient_twice_and_no_third_time(num_chunks):
+    profiler = CpuProfiler()
+    model = tiny_model("llama-tied", hidden_size=32, vocab_size=50_000)
+    embedding_bytes = model.get_input_embeddings().weight.nbytes
+    with ChunkFT(model, num_chunks, order="ascending", observer=profiler) as tuner:
+        with profiler.step(), profiler.phase("rest"):
+            torch.empty(1)
+        at_rest = profiler.samples[0].allocated_bytes
+        with profiler.step():
+            tuner.backward(tiny_batch())
+        highest = {sample.phase: sample.allocated_bytes - at_rest for sample in profiler.samples}
+    # What the head and what the embedding gives; the first is where they are summed.
+    assert 1.9 < highest["backward"] / (embedding_bytes / num_chunks) < 2.3
