@@ -31,16 +31,24 @@ def _attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
 ) -> Tensor:
     if dropout > 0 or (mask is not None and mask.requires_grad):
-        # The flash kernel knows neither dropout nor a mask's gradient: torch takes the product, softmax, product path.
-        out = _aten._scaled_dot_product_attention_math(
-            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    else:
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype)
-        out = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
-        )
+        # The flash kernel knows neither dropout nor a mask's gradient.
+        return _attention_math(query, key, value, mask, dropout, is_causal, scale)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype)
+    out = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    result: Tensor = out[0]
+    return result
+
+
+def _attention_math(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Product, softmax, product, with all scores in memory: what torch falls back to, and what Apple's GPUs train by."""
+    out = _aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
     result: Tensor = out[0]
     return result
 
@@ -131,7 +139,7 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
     Also answers transformers' question whether position ids describe packed rows, which reads values: yes, with
     packing. Yields the shapes of what was asked about: none for a model that never asks.
     """
-    kernel = _attention_cpu if device_kind == "cpu" else _attention_cuda
+    kernel = {"cpu": _attention_cpu, "mps": _attention_math}.get(device_kind, _attention_cuda)
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

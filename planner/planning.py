@@ -234,4 +234,9 @@ def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
         warnings.append(f"states: keep needs {gib:.0f} GiB of host memory; 'reset' needs none for states")
     if planner.gpu.kind == "rocm":
         warnings.append("ROCm devices are planned with CUDA's allocator and kernels: treat the figures as estimates")
+    if planner.gpu.kind == "mps":
+        warnings.append(
+            "Apple devices are planned with CUDA's allocator, as an estimate: the engine does not run there, and host_bytes "
+            "come from the same memory"
+        )
     return warnings

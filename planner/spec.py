@@ -15,7 +15,8 @@ class GpuSpec(SpecModel):
     name: Annotated[str, Field(min_length=1, max_length=128)]
     memory_bytes: Annotated[int, Field(gt=0, le=2**50)]
     """Memory that one process can really use (what the driver reports as total)."""
-    kind: Literal["cuda", "rocm", "cpu"] = "cuda"
+    kind: Literal["cuda", "rocm", "mps", "cpu"] = "cuda"
+    """``mps`` (Apple) is planned only: the engine does not run there."""
     vendor: str = "nvidia"
     compute_capability: str | None = None
     """``8.9`` for Ada; decides the context and workspace sizes."""
@@ -23,11 +24,23 @@ class GpuSpec(SpecModel):
     """Bytes per second."""
     bf16_flops: Annotated[float, Field(gt=0)] = 5e13
     """Dense bf16 FLOP/s with fp32 accumulation."""
+    fp16_flops: Annotated[float, Field(gt=0)] | None = None
+    """None: as bf16. Before Ampere, tensor cores know fp16 only."""
     fp32_flops: Annotated[float, Field(gt=0)] = 2e13
     link_bandwidth: Annotated[float, Field(gt=0)] = 1.6e10
     """Host to device, bytes per second, one direction, achievable."""
     context_bytes: Annotated[int, Field(ge=0)] | None = None
     """CUDA context and loaded libraries; None takes the planner's table."""
+    power_watts: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Highest sustained power of the board (Apple: of the machine); energy is estimated with it."""
+    price_usd: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """List price when it came out."""
+    price_source: str | None = None
+    """Month of the list price."""
+    rent_usd_per_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """What an hour costs; a job's cost is estimated with it."""
+    rent_source: str | None = None
+    """Month and source of the rent."""
     source: str = "given in the request"
 
 

@@ -29,6 +29,9 @@ _MATMUL = {
     "10.0": _Efficiency(0.68, f"B200 77.6 %: {_MAMF}, {_SHAPES}"),
     "gfx90a": _Efficiency(0.65, f"MI250X 76.7 %: {_MAMF}, {_SHAPES}"),
     "gfx942": _Efficiency(0.50, f"MI300X 60.1 %: {_MAMF}, {_SHAPES}"),
+    "gfx950": _Efficiency(0.50, "unmeasured: as gfx942"),
+    "gfx1100": _Efficiency(0.50, "unmeasured: as gfx942"),
+    "gfx1201": _Efficiency(0.50, "unmeasured: as gfx942"),
 }
 _MATMUL_DEFAULT = _Efficiency(
     0.75, "unmeasured: GeForce and workstation cards, whose fp32-accumulate rate is half of what the units can do"
@@ -61,7 +64,8 @@ class Rates:
 
 def rates(precision: Precision, gpu: GpuSpec) -> Rates:
     """Achievable rates; the CPU's catalog rates are achievable ones already."""
-    peak_flops = gpu.fp32_flops if precision is Precision.FP32 else gpu.bf16_flops
+    half = gpu.fp16_flops or gpu.bf16_flops if precision is Precision.FP16 else gpu.bf16_flops
+    peak_flops = gpu.fp32_flops if precision is Precision.FP32 else half
     if gpu.kind == "cpu":
         return Rates(peak_flops, gpu.memory_bandwidth, CPU_CALL_SECONDS)
     matmul = _MATMUL.get(gpu.compute_capability or "", _MATMUL_DEFAULT).matmul

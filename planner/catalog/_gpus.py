@@ -21,7 +21,7 @@ _MEMORY_TOLERANCE = 0.06
 
 
 def gpus() -> list[GpuSpec]:
-    """Every catalog row, in the file's order: consumer, workstation, data centre. ``name`` is the catalog id."""
+    """Every catalog row, in the file's order: consumer, Apple, workstation, data centre. ``name`` is the catalog id."""
     return list(_by_id().values())
 
 
@@ -86,8 +86,14 @@ def _spec(row: dict[str, Any]) -> GpuSpec:
         compute_capability=row["compute_capability"],
         memory_bandwidth=row["bandwidth_gb_per_s"] * 1e9,
         bf16_flops=row["bf16_tflops"] * 1e12,
+        fp16_flops=row["fp16_tflops"] * 1e12 if "fp16_tflops" in row else None,
         fp32_flops=row["fp32_tflops"] * 1e12,
         link_bandwidth=row["link_gb_per_s"] * 1e9,
+        power_watts=row["power_watts"],
+        price_usd=row.get("launch_usd"),
+        price_source=f"list price, {row['launch_month']}" if "launch_usd" in row else None,
+        rent_usd_per_hour=row.get("rent_usd_per_hour"),
+        rent_source=f"{row['rent_month']}, {row['rent_source']}" if "rent_usd_per_hour" in row else None,
         source=row["source"],
     )
 

@@ -32,8 +32,10 @@ def gpus(as_json: JsonOption = False) -> None:
             gibibytes(gpu.memory_bytes),
             f"{gpu.memory_bandwidth / 1e9:,.0f} GB/s",
             f"{gpu.bf16_flops / 1e12:,.0f} TFLOP/s",
+            "" if gpu.power_watts is None else f"{gpu.power_watts:,.0f} W",
+            "" if gpu.rent_usd_per_hour is None else f"${gpu.rent_usd_per_hour:.2f}/h",
             gpu.compute_capability or "",
         )
         for gpu in entries
     ]
-    print_table("", ["id", ">memory", ">bandwidth", ">bf16", ">compute capability"], rows)
+    print_table("", ["id", ">memory", ">bandwidth", ">bf16", ">power", ">rent", ">compute capability"], rows)

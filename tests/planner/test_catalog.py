@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import stat
 import subprocess
 import sys
@@ -37,10 +38,29 @@ def test_gpu_rows_are_plausible_and_unique():
     assert set(names) >= CONTRACT_GPUS
     for gpu in rows:
         assert gpu.source
-        assert 4e9 < gpu.memory_bytes < 300e9
+        assert 4e9 < gpu.memory_bytes < 450e9
         assert 1e11 < gpu.memory_bandwidth < 1e13
-        assert gpu.fp32_flops <= gpu.bf16_flops or gpu.bf16_flops == gpu.fp32_flops
-        assert 1e10 <= gpu.link_bandwidth < 6.4e10
+        assert gpu.fp32_flops <= gpu.bf16_flops <= 200 * gpu.fp32_flops
+        assert gpu.fp16_flops is None or gpu.fp16_flops > gpu.bf16_flops, "only before Ampere"
+        assert 1e10 <= gpu.link_bandwidth < 6.4e10 or gpu.kind == "mps"
+        assert 50 < gpu.power_watts < 2000
+        assert (gpu.price_usd is None) == (gpu.price_source is None)
+        assert (gpu.rent_usd_per_hour is None) == (gpu.rent_source is None)
+
+
+def test_every_market_is_in_the_catalog():
+    rows = gpus()
+    assert {gpu.kind for gpu in rows} == {"cuda", "rocm", "mps"}
+    assert {gpu.vendor for gpu in rows} == {"nvidia", "amd", "apple"}
+    dated = [gpu.price_source or gpu.rent_source for gpu in rows if gpu.price_usd or gpu.rent_usd_per_hour]
+    assert len(dated) >= 45
+    assert all(re.search(r"20\d\d-\d\d", text) for text in dated), "a price without a month is worth nothing"
+
+
+def test_apples_memory_is_what_a_process_may_use():
+    """recommendedMaxWorkingSetSize of llama.cpp's logs, in MB: 22906.50 of 32 GB, 51539.61 of 64 GB."""
+    assert find_gpu("apple-m1-max-32gb").memory_bytes == pytest.approx(22906.50e6, rel=1e-4)
+    assert find_gpu("M1 Max 64GB").memory_bytes == pytest.approx(51539.61e6, rel=1e-4)
 
 
 def test_contract_memory_sizes_are_the_drivers():
@@ -72,6 +92,9 @@ def test_contract_memory_sizes_are_the_drivers():
         ("NVIDIA RTX A6000", "rtx-a6000"),
         ("A6000", "rtx-a6000"),
         ("AMD Instinct MI300X", "mi300x"),
+        ("AMD Radeon RX 7900 XTX", "rx-7900-xtx"),
+        ("Radeon PRO W7900", "radeon-pro-w7900"),
+        ("Apple M4 Max 128GB", "apple-m4-max-128gb"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx-pro-6000-blackwell"),
     ],
 )
