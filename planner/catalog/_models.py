@@ -27,7 +27,7 @@ class ModelEntry:
     hf_name: str | None
     """Name on the Hugging Face Hub; None outside the catalog."""
     architecture: str
-    """Class name of the causal language model that transformers builds from ``config``."""
+    """Class name of the language model that transformers builds from ``config``: causal where the config does not say."""
     num_parameters: int | None
     """Published count of unique parameters (tied weights once); None outside the catalog."""
     config: dict[str, Any]
@@ -64,7 +64,7 @@ def _by_id() -> dict[str, ModelEntry]:
         row["id"]: ModelEntry(
             id=row["id"],
             hf_name=row["hf_name"],
-            architecture=causal_lm_class(row["config"]["model_type"]),
+            architecture=row["config"]["architectures"][0],
             num_parameters=row["num_parameters"],
             config=row["config"],
             licence=row["licence"],
