@@ -45,7 +45,7 @@ def _attention_cpu(
 def _attention_math(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """Product, softmax, product, with all scores in memory: what torch falls back to, and what Apple's GPUs train by."""
+    """Product, softmax, product, with all scores in memory: what torch falls back to, and Apple's GPUs train by."""
     out = _aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )

@@ -236,7 +236,7 @@ def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
         warnings.append("ROCm devices are planned with CUDA's allocator and kernels: treat the figures as estimates")
     if planner.gpu.kind == "mps":
         warnings.append(
-            "Apple devices are planned with CUDA's allocator, as an estimate: the engine does not run there, and host_bytes "
-            "come from the same memory"
+            "Apple devices are planned with CUDA's allocator, as an estimate: the engine does not run there, "
+            "and host_bytes come from the same memory"
         )
     return warnings

@@ -27,7 +27,7 @@ class ModelEntry:
     hf_name: str | None
     """Name on the Hugging Face Hub; None outside the catalog."""
     architecture: str
-    """Class name of the language model that transformers builds from ``config``: causal where the config does not say."""
+    """Class name of the language model that transformers builds from ``config``."""
     num_parameters: int | None
     """Published count of unique parameters (tied weights once); None outside the catalog."""
     config: dict[str, Any]
