@@ -19,5 +19,6 @@ VOLUME /home/chunkplan/var
 EXPOSE 8321
 HEALTHCHECK --interval=30s --timeout=5s --start-period=20s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8321/readyz', timeout=4)"]
-# Keys do not exist yet: publish the port on a closed network only, and say so with CHUNKPLAN_TRUSTED_NETWORK=true.
+# Refused until there is an API key (`chunkplan keys create`), or CHUNKPLAN_TRUSTED_NETWORK=true says that the port is
+# published on a closed network only.
 CMD ["chunkplan", "serve", "--host", "0.0.0.0"]

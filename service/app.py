@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import structlog
 from anyio import to_thread
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 
 from service import errors
+from service.access.gate import Gate
 from service.catalog import endpoints as catalog
 from service.clock import Clock
 from service.dashboard import endpoints as dashboard
@@ -30,6 +32,10 @@ from service.settings import Settings
 log = structlog.get_logger(__name__)
 
 _MULTIPART_OVERHEAD_BYTES = 1 << 16
+_DOCUMENTED_KEY = Depends(
+    HTTPBearer(auto_error=False, scheme_name="API key", description="cpk_…, of `chunkplan keys create`")
+)
+"""Says in the documentation what the gate has done before."""
 
 
 def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clock | None = None) -> FastAPI:
@@ -47,6 +53,8 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
         summary="Which full-parameter fine-tuning run fits this model on this GPU, how fast, and with what memory.",
         lifespan=_lifespan,
         responses={"default": {"model": ProblemView, "content": {MEDIA_TYPE: {}}}},
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     app.state.services = services
     errors.install(app)
@@ -58,15 +66,17 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
         files.router,
         profiles.router,
         dashboard.router,
-        operation.router,
     ):
-        app.include_router(router)
+        app.include_router(router, dependencies=[_DOCUMENTED_KEY])
+    app.include_router(operation.router)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes + _MULTIPART_OVERHEAD_BYTES,
         upload_path="/v1/files",
+        max_depth=settings.max_json_depth,
     )
+    app.add_middleware(Gate, access=services.access, settings=settings, clock=services.clock)
     app.add_middleware(RequestContext, metrics=services.metrics)
     return app
 

@@ -1,10 +1,13 @@
 """Errors as exceptions that carry their status, rendered as RFC 9457 problems by one set of handlers.
 
     Problem
+    ├── Unauthenticated 401 unauthenticated
+    ├── Forbidden       403 code
     ├── NotFound        404 not_found
     ├── Conflict        409 code of the conflict
     │   └── DoesNotFit  409 does_not_fit, with predicted_bytes, available_bytes, alternatives
     ├── Unprocessable   422 code
+    ├── TooMany         429 code, with Retry-After
     └── Busy            503 code, with Retry-After
 
 `engine.errors.InputError` (422 invalid_input) is the one for bad input, wherever it is raised.
@@ -12,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -20,6 +24,8 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
@@ -66,6 +72,21 @@ class Problem(Exception):
         self.members = members
 
 
+class Unauthenticated(Problem):
+    """Nobody is let in without a valid key."""
+
+    status = HTTPStatus.UNAUTHORIZED
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("unauthenticated", detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(Problem):
+    """The caller is known, or of no matter, and this is not for them."""
+
+    status = HTTPStatus.FORBIDDEN
+
+
 class NotFound(Problem):
     """There is no such thing."""
 
@@ -101,6 +122,15 @@ class Unprocessable(Problem):
     """The request is well-formed and cannot be carried out."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class TooMany(Problem):
+    """The caller has had their share: come back after the given time."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+    def __init__(self, code: str, detail: str, *, retry_after_seconds: float) -> None:
+        super().__init__(code, detail, headers={"Retry-After": str(max(1, math.ceil(retry_after_seconds)))})
 
 
 class Busy(Problem):
@@ -150,7 +180,8 @@ def field_errors(errors: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [item for item in found.items() if not any(other.startswith(f"{item[0]}.") for other in found)]
 
 
-def _problem(request: Request, error: Exception) -> Response:
+def respond(request: Request, error: Exception) -> Response:
+    """The response to a `Problem`."""
     assert isinstance(error, Problem)
     return problem_response(
         request, error.status, error.code, error.detail, headers=error.headers, members=error.members
@@ -188,15 +219,27 @@ def _allowed_methods(request: Request) -> list[str]:
     return sorted({method.upper() for methods in matching for method in methods})
 
 
-def _unexpected(request: Request, error: Exception) -> Response:
+def database_away(request: Request, error: Exception) -> Response:
+    """The response when the database cannot be reached, or something there was locked for too long."""
+    log.error("the database did not answer", path=request.url.path, error=type(error).__name__)
+    return respond(request, Busy("database_unavailable", "the database does not answer", retry_after_seconds=5))
+
+
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
+"""What the database raises when it is not there, or is locked."""
+
+
+def unexpected(request: Request, error: Exception) -> Response:
+    """The response to what should not have happened."""
     log.error("request failed", path=request.url.path, exc_info=error)
     return problem_response(request, 500, "internal_error", "something went wrong here; the log has it")
 
 
 def install(app: FastAPI) -> None:
-    """Registers the handlers."""
-    app.add_exception_handler(Problem, _problem)
+    """Registers the handlers; `unexpected` is called by the outermost middleware."""
+    app.add_exception_handler(Problem, respond)
+    for away in DATABASE_AWAY:
+        app.add_exception_handler(away, database_away)
     app.add_exception_handler(InputError, _input_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)

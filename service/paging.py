@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Depends, Query
 from pydantic import BaseModel
-from sqlalchemy import Select, tuple_
+from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from engine.errors import InputError
@@ -96,11 +96,11 @@ def newest_first(
         InputError: ``after`` names no row.
     """
     if window.after is not None:
-        table: Any = identifier.class_
-        known = session.get(table, window.after) if is_well_formed(window.after) else None
+        found = select(created_at).where(identifier == window.after).limit(1)
+        known = session.scalar(found) if is_well_formed(window.after) else None
         if known is None:
             raise InputError("after", f"there is nothing with the id {window.after!r}")
-        statement = statement.where(tuple_(created_at, identifier) < (known.created_at, known.id))
+        statement = statement.where(tuple_(created_at, identifier) < (known, window.after))
     rows = session.scalars(statement.order_by(created_at.desc(), identifier.desc()).limit(window.limit + 1)).all()
     return list(rows[: window.limit]), len(rows) > window.limit
 

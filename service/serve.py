@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from service.app import create_app
+from service.db import upgrade
 from service.errors import field_errors
 from service.logs import configure_logging
 from service.services import Services
@@ -32,16 +33,26 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class OpenDoor(Exception):
+    """The service would listen to others and nobody could have a key."""
+
+
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or Ctrl-C; running attempts are then stopped at a checkpoint and queued again."""
+    """Serves until SIGTERM or Ctrl-C; running attempts are then stopped at a checkpoint and queued again.
+
+    Raises:
+        OpenDoor: the host is not loopback, and there is no valid key.
+    """
     configure_logging(settings.log_format)
     app: FastAPI = create_app(settings)
+    _check_door(settings, app.state.services)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     Server(config, app.state.services).run()
@@ -55,8 +66,23 @@ def main() -> int:
         for field, message in field_errors(error.errors()):
             print(f"CHUNKPLAN_{field.upper()}: {message}", file=sys.stderr)
         return 2
-    serve(settings)
+    try:
+        serve(settings)
+    except OpenDoor as error:
+        print(f"CHUNKPLAN_HOST: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _check_door(settings: Settings, services: Services) -> None:
+    if not settings.requires_keys:
+        return
+    upgrade(settings.database_url)
+    if not services.access.can_let_in():
+        raise OpenDoor(
+            f"{settings.host!r} is not loopback, and there is no valid API key: create one with `chunkplan keys "
+            "create`, or bind to 127.0.0.1, or set CHUNKPLAN_TRUSTED_NETWORK=true where the network itself is closed"
+        )
 
 
 if __name__ == "__main__":

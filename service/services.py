@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from threading import Event
 
+from service.access.limits import Turns
+from service.access.service import Access
 from service.clock import Clock, SystemClock
 from service.db import Database
 from service.execution.devices import local_devices
@@ -34,6 +36,9 @@ class Services:
     jobs: JobService
     supervisor: Supervisor
     metrics: Metrics
+    access: Access
+    plan_turns: Turns
+    stream_turns: Turns
     closing: Event = field(default_factory=Event)
     """Set when the server is about to stop, so that streams end."""
 
@@ -68,4 +73,7 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
         jobs=jobs,
         supervisor=supervisor,
         metrics=metrics,
+        access=Access(database, clock),
+        plan_turns=Turns("too_many_plans", "requests for plans"),
+        stream_turns=Turns("too_many_streams", "event streams"),
     )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,6 +20,7 @@ GIBIBYTE = 1 << 30
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Seconds = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0)]
 
 
 def _is_loopback(host: str) -> bool:
@@ -31,10 +32,33 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+class Quota(BaseModel):
+    """How much of a server one project, and one key of it, may take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_open_jobs: Positive = 10_000
+    """Jobs that have not ended."""
+    max_stored_bytes: Positive = 100 * GIBIBYTE
+    """Uploads together."""
+    max_streams: Positive = 200
+    """Event streams that are open at the same time."""
+    max_plans_at_once: Positive = 4
+    """Requests that may be with the planner at the same time."""
+    max_waiting_plans: Annotated[int, Field(ge=0)] = 100
+    """Further ones that may wait for that."""
+    requests_per_second: Annotated[float, Field(gt=0)] = 200.0
+    """Of one key, in the long run."""
+    requests_burst: Positive = 400
+    """Of one key, at once."""
+
+
 class Settings(BaseSettings):
     """Settings of one server process."""
 
-    model_config = SettingsConfigDict(env_prefix="CHUNKPLAN_", frozen=True, extra="ignore", validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix="CHUNKPLAN_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
 
     data_dir: AbsolutePath = Path("var")
     """Everything that the service writes: database, uploads, runs, locks."""
@@ -53,18 +77,28 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
     """0 takes a free port."""
     trusted_network: bool = False
-    """Allows a host other than loopback although requests carry no keys: only where the network itself is
-    closed, such as in a container whose port is published on the host's loopback."""
+    """Allows a host other than loopback before there are API keys: only where the network itself is closed, such as in
+    a container whose port is published on the host's loopback."""
+    allowed_hosts: list[str] = []
+    """Names besides ``localhost`` under which browsers and programs may ask without a key."""
     log_format: str = Field("console", pattern="^(console|json)$")
 
     max_body_bytes: Annotated[int, Field(gt=0)] = 2 * MEBIBYTE
     max_upload_bytes: Annotated[int, Field(gt=0)] = 4 * GIBIBYTE
+    max_json_depth: Annotated[int, Field(gt=0)] = 64
     max_timeline_points: Annotated[int, Field(gt=0)] = 5_000
 
     plan_timeout_seconds: Seconds = 120.0
     """A plan that takes longer is abandoned and its worker process replaced."""
     plan_queue_seconds: Seconds = 60.0
     """How long a request waits for the planner before it is told to come back."""
+    max_plans_at_once: Positive = 8
+    """Requests of all projects that may hold a thread for a plan; others wait without one."""
+
+    quota: Quota = Quota()
+    """Of every project that is not named in ``project_quotas``."""
+    project_quotas: dict[str, Quota] = {}
+    """By project; what is left out is taken from ``quota``."""
 
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """Failed attempts in a row, none of which got past the checkpoint it started from, that end a job."""
@@ -87,14 +121,23 @@ class Settings(BaseSettings):
             raise ValueError("should be sqlite:///PATH or postgresql://USER@HOST/NAME")
         return url
 
-    @model_validator(mode="after")
-    def _open_hosts_are_explicit(self) -> Settings:
-        if not _is_loopback(self.host) and not self.trusted_network:
-            raise ValueError(
-                f"host {self.host!r} is not loopback and requests are not authenticated: bind to 127.0.0.1, or set "
-                "CHUNKPLAN_TRUSTED_NETWORK=true where the network itself is closed"
-            )
-        return self
+    @field_validator("project_quotas", mode="before")
+    @classmethod
+    def _quotas_start_from_the_common_one(cls, given: Any, info: ValidationInfo) -> Any:
+        common = info.data.get("quota")
+        if not isinstance(given, dict) or not isinstance(common, Quota):
+            return given
+        start = common.model_dump()
+        return {name: start | quota if isinstance(quota, dict) else quota for name, quota in given.items()}
+
+    @property
+    def requires_keys(self) -> bool:
+        """Whether every request needs a key, also while there is none."""
+        return not _is_loopback(self.host) and not self.trusted_network
+
+    def quota_of(self, project: str) -> Quota:
+        """How much a project may take."""
+        return self.project_quotas.get(project, self.quota)
 
     @property
     def runs_dir(self) -> Path:

@@ -147,7 +147,7 @@ def clock() -> FixedClock:
 def client(settings: Settings, planner_process: PlannerProcess, clock: FixedClock) -> Iterator[TestClient]:
     """The application without its supervisor: what is submitted stays queued."""
     app = create_app(settings, planner=planner_process, clock=clock)
-    client = TestClient(app, raise_server_exceptions=False)
+    client = TestClient(app, "http://localhost", raise_server_exceptions=False)
     yield client
     client.close()
     app.state.services.database.dispose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -15,6 +16,8 @@ from service.cli.exits import DOES_NOT_FIT, FAILED, USAGE, CommandError
 from service.jobs.states import JobState
 
 DEFAULT_URL = "http://127.0.0.1:8321"
+KEY_VARIABLE = "CHUNKPLAN_API_KEY"
+"""Never an argument: those can be read by every user of the machine."""
 UrlOption = Annotated[str, typer.Option("--url", envvar="CHUNKPLAN_URL", help="Where the service is.")]
 
 _PLAN_SECONDS = 240.0
@@ -24,7 +27,7 @@ _MAX_RECONNECTS = 60
 
 
 class Client:
-    """One service; a context manager.
+    """One service; a context manager. Asks with the API key in the environment, if there is one.
 
     Args:
         url: its address, without ``/v1``.
@@ -34,8 +37,12 @@ class Client:
     def __init__(self, url: str, reconnect_seconds: float = 1.0) -> None:
         self.url = url.rstrip("/")
         self._reconnect_seconds = reconnect_seconds
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(_PLAN_SECONDS, connect=5.0))
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=httpx.Timeout(_PLAN_SECONDS, connect=5.0)
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise CommandError(f"url: {self.url!r} is not an address: {error}", USAGE) from error
 
@@ -127,6 +134,8 @@ def _problem(response: httpx.Response) -> CommandError:
         return CommandError(f"the service answered {response.status_code} {response.reason_phrase}")
     message = "; ".join(f"{item['field']}: {item['message']}" for item in problem.get("errors", []))
     message = message or problem.get("detail") or response.reason_phrase
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        message = f"{message} (set {KEY_VARIABLE}; `chunkplan keys create` makes one)"
     if problem.get("code") == "does_not_fit":
         return CommandError(message, DOES_NOT_FIT)
     return CommandError(message, USAGE if response.status_code in {400, 404, 409, 422} else FAILED)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from engine.errors import InputError
-from service.cli import catalogs, jobs, planning, profiles, server, training
+from service.cli import catalogs, jobs, keys, planning, profiles, server, training
 from service.cli.exits import FAILED, USAGE, CommandError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(profiles.app, name="profiles")
 app.command("models")(catalogs.models)
 app.command("gpus")(catalogs.gpus)
+app.add_typer(keys.app, name="keys")
 app.add_typer(server.db, name="db")
 
 

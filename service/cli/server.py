@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from service.cli.exits import USAGE, CommandError
 from service.cli.output import JsonOption, console, print_json
 
 if TYPE_CHECKING:
+    from service.db import Database
     from service.settings import Settings
 
 db = typer.Typer(help="The service's database.", no_args_is_help=True)
@@ -47,26 +50,53 @@ def serve(
 ) -> None:
     """Run the service until Ctrl-C. Every setting can also come from CHUNKPLAN_* variables."""
     settings = settings_with(host=host, port=port, database_url=database_url, data_dir=data_dir)
+    from service.serve import OpenDoor
     from service.serve import serve as run
 
-    run(settings)
+    with database_errors():
+        try:
+            run(settings)
+        except OpenDoor as error:
+            raise CommandError(f"host: {error}", USAGE) from error
+
+
+@contextmanager
+def migrated_database(database_url: str | None, data_dir: Path | None) -> Iterator[Database]:
+    """The service's database at its newest revision.
+
+    Raises:
+        CommandError: a setting cannot be used, or the database cannot be reached.
+    """
+    settings = settings_with(database_url=database_url, data_dir=data_dir)
+    from service.db import Database, upgrade
+
+    with database_errors():
+        upgrade(settings.database_url)
+        database = Database(settings.database_url, settings.database_timeout_seconds)
+        try:
+            yield database
+        finally:
+            database.dispose()
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Turns what the database raises into one line."""
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    try:
+        yield
+    except ArgumentError as error:
+        raise CommandError(f"database_url: {error}", USAGE) from error
+    except SQLAlchemyError as error:
+        raise CommandError(f"cannot use the database: {str(error).splitlines()[0]}") from error
 
 
 @db.command()
 def upgrade(database_url: DatabaseOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Bring the database to the newest revision; the service does this at its start, too."""
-    settings = settings_with(database_url=database_url, data_dir=data_dir)
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
-    from service.db import head_revision
-    from service.db import upgrade as run
-
-    try:
-        run(settings.database_url)
-    except ArgumentError as error:
-        raise CommandError(f"database_url: {error}", USAGE) from error
-    except SQLAlchemyError as error:
-        raise CommandError(f"cannot upgrade the database: {str(error).splitlines()[0]}") from error
+    with migrated_database(database_url, data_dir):
+        from service.db import head_revision
     if as_json:
         print_json({"revision": head_revision()})
     else:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from service.dashboard.repository import DashboardRepository
 from service.dashboard.schemas import AccuracyRow, DeviceView, Summary, UsageRow
-from service.dependencies import ReadSession, ServicesDep
+from service.dependencies import DashboardSession, ServicesDep
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobView
 from service.jobs.states import JobState
@@ -23,12 +23,14 @@ _LATEST = 5
 
 
 @router.get("/summary")
-def summary(session: ReadSession, services: ServicesDep) -> Summary:
-    """Jobs by state, the queue, the devices, the latest profiles."""
+def summary(session: DashboardSession, services: ServicesDep) -> Summary:
+    """Jobs by state, the queue, the devices, the latest profiles. What is planned on a device counts every project."""
     jobs, board = JobRepository(session), DashboardRepository(session)
     counted = jobs.count_by_state()
     oldest = jobs.oldest_queued_at()
-    planned = board.planned_by_device(services.supervisor.owner)
+    with services.database.read() as everything:
+        planned = DashboardRepository(everything).planned_by_device(services.supervisor.owner)
+    visible = jobs.states([job_id for job_id, _ in planned.values()])
     return Summary(
         jobs={state.value: count for state, count in counted.items()},
         queue_depth=counted[JobState.QUEUED],
@@ -39,10 +41,11 @@ def summary(session: ReadSession, services: ServicesDep) -> Summary:
                 name=device.name,
                 gpu=device.gpu.name,
                 memory_bytes=device.memory_bytes,
-                planned_bytes=planned.get(device.name, ("", 0))[1],
-                job_id=planned.get(device.name, (None, 0))[0],
+                planned_bytes=planned_bytes,
+                job_id=job_id if job_id in visible else None,
             )
             for device in services.supervisor.devices
+            for job_id, planned_bytes in [planned.get(device.name, (None, 0))]
         ],
         num_plans=board.count_plans(),
         num_profiles=board.count_profiles(),
@@ -51,14 +54,14 @@ def summary(session: ReadSession, services: ServicesDep) -> Summary:
 
 
 @router.get("/accuracy")
-def accuracy(session: ReadSession) -> Page[AccuracyRow]:
+def accuracy(session: DashboardSession) -> Page[AccuracyRow]:
     """How far plans were from measurements, by model and device kind."""
     return Page.of(DashboardRepository(session).accuracy())
 
 
 @router.get("/usage")
 def usage(
-    session: ReadSession, services: ServicesDep, days: Annotated[int, Query(ge=1, le=366)] = 30
+    session: DashboardSession, services: ServicesDep, days: Annotated[int, Query(ge=1, le=366)] = 30
 ) -> Page[UsageRow]:
     """What ran, by day (UTC)."""
     return Page.of(DashboardRepository(session).usage(services.clock.now() - timedelta(days=days)))

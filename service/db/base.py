@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Enum, Integer, MetaData, String
-from sqlalchemy.orm import DeclarativeBase, mapped_column
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Enum, ForeignKey, Integer, MetaData, String
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 NAMING_CONVENTION = {
@@ -71,3 +71,16 @@ Reference = Annotated[str, mapped_column(String(4096))]
 """A model as it was asked for: a catalog id or a path."""
 
 DEFAULT_PROJECT = "default"
+"""Whose everything is that is asked for without a key."""
+
+
+class Owned:
+    """A row that belongs to a project."""
+
+    project: Mapped[Name] = mapped_column()
+
+
+class OfJob:
+    """A row that belongs to its job's project."""
+
+    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))

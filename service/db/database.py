@@ -3,19 +3,23 @@
 `read()` and `write()` are the only ways to a session. A write commits when its block ends and rolls back when it
 raises; nothing else commits. On SQLite a writer takes the write lock at once (BEGIN IMMEDIATE), so that two
 writers queue up at the start instead of failing in the middle; on Postgres rows are locked where it matters.
+Statements' parameters never show up in errors: they may be secrets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import Session, sessionmaker
+
+from service.db.projects import PROJECT
 
 DEFAULT_TIMEOUT_SECONDS = 15.0
 
@@ -40,10 +44,12 @@ def create_database_engine(url: str, timeout_seconds: float = DEFAULT_TIMEOUT_SE
     if parsed.get_backend_name() != "sqlite":
         options = f"-c timezone=utc -c lock_timeout={milliseconds}"
         arguments = {"options": options, "connect_timeout": max(2, int(timeout_seconds))}
-        return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=arguments)
+        return create_engine(
+            parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=arguments, hide_parameters=True
+        )
     if parsed.database:
         Path(parsed.database).absolute().parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, pool_size=10, max_overflow=20)
+    engine = create_engine(parsed, pool_size=10, max_overflow=20, hide_parameters=True)
     event.listen(engine, "connect", partial(_configure_sqlite, milliseconds))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -69,19 +75,35 @@ class Database:
         self.engine = create_database_engine(url, timeout_seconds)
         self._readers = sessionmaker(self.engine, expire_on_commit=False)
         self._writers = sessionmaker(self.engine.execution_options(chunkplan_write=True), expire_on_commit=False)
+        self._info: dict[Any, Any] = {}
+
+    def of(self, project: str) -> Database:
+        """The same database as one project sees it: requests are answered from nothing else."""
+        bound = copy(self)
+        bound._info = {PROJECT: project}
+        return bound
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session for reading; nothing it changes is kept."""
-        with self._readers() as session:
+        with self._readers(info=self._info) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session whose changes are committed together, or not at all."""
-        with self._writers.begin() as session:
+        with self._writers(info=self._info) as session, session.begin():
             yield session
 
     def dispose(self) -> None:
         """Closes every pooled connection."""
         self.engine.dispose()
+
+
+def take_in_turn(session: Session, name: str) -> None:
+    """Until the unit of work ends, no other one passes here under the same name: for what is counted and then added.
+
+    SQLite has one writer at a time anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, File, Form, UploadFile
 from starlette.responses import FileResponse
 
-from service.dependencies import FilesDep, ReadSession
+from service.dependencies import CallerDep, FilesDep, ReadSession
 from service.errors import NotFound
 from service.files.repository import FileRepository
 from service.files.schemas import FileDeleted, FileView
@@ -18,10 +18,13 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 
 @router.post("", status_code=201)
 def upload_file(
-    file: Annotated[UploadFile, File()], files: FilesDep, purpose: Annotated[Literal["fine-tune"], Form()] = "fine-tune"
+    file: Annotated[UploadFile, File()],
+    files: FilesDep,
+    caller: CallerDep,
+    purpose: Annotated[Literal["fine-tune"], Form()] = "fine-tune",
 ) -> FileView:
     """Upload training data. It is checked row by row when a job is submitted on it."""
-    return FileView.of(files.upload(file.filename, file.file))
+    return FileView.of(files.upload(caller.project, file.filename, file.file))
 
 
 @router.get("")
@@ -49,7 +52,7 @@ def download_file(file_id: str, session: ReadSession, files: FilesDep) -> FileRe
 
 
 @router.delete("/{file_id}")
-def delete_file(file_id: str, files: FilesDep) -> FileDeleted:
+def delete_file(file_id: str, files: FilesDep, caller: CallerDep) -> FileDeleted:
     """Delete a file; refused while an unfinished job trains on it."""
-    files.delete(file_id)
+    files.delete(caller.project, file_id)
     return FileDeleted(id=file_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.db.tables import FileRow
@@ -35,6 +35,10 @@ class FileRepository:
     def page(self, window: Window) -> tuple[list[FileRow], bool]:
         """Files, newest first."""
         return newest_first(self._session, select(FileRow), FileRow.created_at, FileRow.id, window)
+
+    def stored_bytes(self) -> int:
+        """How much all of them hold."""
+        return int(self._session.scalar(select(func.sum(FileRow.size_bytes))) or 0)
 
     def add(self, row: FileRow) -> None:
         """Stores a file's row."""

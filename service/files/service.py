@@ -7,11 +7,12 @@ import os
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
+from sqlalchemy.orm import Session
+
 from engine.errors import InputError
 from engine.files import sync_path
 from service.clock import Clock
-from service.db import Database
-from service.db.base import DEFAULT_PROJECT
+from service.db import Database, take_in_turn
 from service.db.tables import FileRow
 from service.errors import Conflict
 from service.files.repository import FileRepository
@@ -28,43 +29,57 @@ class FileService:
 
     def __init__(self, database: Database, settings: Settings, clock: Clock) -> None:
         self._database = database
+        self._settings = settings
         self._folder = settings.files_dir
         self._clock = clock
 
-    def upload(self, filename: str | None, content: BinaryIO) -> FileRow:
+    def upload(self, project: str, filename: str | None, content: BinaryIO) -> FileRow:
         """Stores an upload.
 
         Raises:
             InputError: it has no usable name, or is empty.
+            Conflict: the project stores too much already.
         """
         now = self._clock.now()
         row = FileRow(
             id=new_id("file", now),
-            project=DEFAULT_PROJECT,
+            project=project,
             filename=_checked_name(filename),
             purpose="fine-tune",
             created_at=now,
         )
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f".{row.id}.partial"
+        partial, final = self._folder / f".{row.id}.partial", self._folder / row.stored_name
         try:
             row.size_bytes, row.sha256 = _write(content, partial)
-            partial.rename(self._folder / row.stored_name)
-        finally:
+            with self._database.of(project).write() as session:
+                self._check_quota(session, project, row.size_bytes)
+                FileRepository(session).add(row)
+                session.flush()
+                partial.rename(final)
+                sync_path(self._folder)
+        except BaseException:
             partial.unlink(missing_ok=True)
-        sync_path(self._folder)
-        with self._database.write() as session:
-            FileRepository(session).add(row)
+            final.unlink(missing_ok=True)
+            raise
         return row
 
-    def delete(self, file_id: str) -> None:
+    def _check_quota(self, session: Session, project: str, size_bytes: int) -> None:
+        limit = self._settings.quota_of(project).max_stored_bytes
+        take_in_turn(session, project)
+        stored = FileRepository(session).stored_bytes()
+        if stored + size_bytes > limit:
+            detail = f"this project stores {stored} of {limit} bytes; {size_bytes} more are too many: delete some files"
+            raise Conflict("quota_exceeded", detail)
+
+    def delete(self, project: str, file_id: str) -> None:
         """Removes an upload.
 
         Raises:
             NotFound: there is no such file.
             Conflict: an unfinished job trains on it.
         """
-        with self._database.write() as session:
+        with self._database.of(project).write() as session:
             files = FileRepository(session)
             row = files.get(file_id)
             job_id = JobRepository(session).uses_file(file_id)

@@ -9,7 +9,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from engine.spec import JobRequest
 from service.db.tables import JobRow
-from service.dependencies import JobsDep, ReadSession, ServicesDep, WriteSession
+from service.dependencies import CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, WriteSession
 from service.jobs.artifacts import artifact_file
 from service.jobs.idempotency import HEADER
 from service.jobs.repository import JobRepository
@@ -28,17 +28,18 @@ from service.paging import LongWindowDep, OptionalText, Page, WindowDep
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
-@router.post("", response_model=JobView, status_code=201, responses={200: {"model": DryRun}})
+@router.post("", response_model=JobView, status_code=201, responses={200: {"model": DryRun}}, dependencies=[PlanTurn])
 def submit_job(
     request: JobRequest,
     jobs: JobsDep,
+    caller: CallerDep,
     dry_run: Annotated[bool, Query(description="check, plan and admit; store no job")] = False,
     idempotency_key: Annotated[str | None, Header(alias=HEADER)] = None,
 ) -> Response:
     """Submit a job: 201 with Location. It is planned and admitted first; what does not fit is refused with 409."""
     if dry_run:
-        return JSONResponse(jobs.dry_run(request).model_dump(mode="json"))
-    answer = jobs.submit(request, idempotency_key)
+        return JSONResponse(jobs.dry_run(caller.project, request).model_dump(mode="json"))
+    answer = jobs.submit(caller.project, request, idempotency_key)
     headers = {"Location": answer.location} if answer.location else {}
     if answer.replayed:
         headers["Idempotency-Replayed"] = "true"

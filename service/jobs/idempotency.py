@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, update
+from sqlalchemy import ColumnElement, CursorResult, delete, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from engine.errors import InputError
 from service.clock import Clock
 from service.db import Database
-from service.db.base import DEFAULT_PROJECT
 from service.db.tables import IdempotencyRow
 from service.errors import Conflict, Unprocessable
 from service.ids import new_id
@@ -29,6 +28,7 @@ MAX_KEY_LENGTH = 255
 class Claim:
     """The right to answer a request under its key."""
 
+    project: str
     key: str
     claim: str
 
@@ -51,7 +51,7 @@ class IdempotencyKeys:
         self._clock = clock
         self._claim_duration = timedelta(seconds=claim_seconds)
 
-    def claim(self, key: str, body_sha256: str) -> Claim | Answer:
+    def claim(self, project: str, key: str, body_sha256: str) -> Claim | Answer:
         """Take a key for a request, or get the answer that was given under it.
 
         Raises:
@@ -62,7 +62,7 @@ class IdempotencyKeys:
         if not key or len(key) > MAX_KEY_LENGTH or not key.isascii() or not key.isprintable():
             raise InputError(HEADER, f"should be 1 to {MAX_KEY_LENGTH} printable ASCII characters")
         now = self._clock.now()
-        claim = Claim(key, new_id("idem", now))
+        claim = Claim(project, key, new_id("idem", now))
         try:
             with self._database.write() as session:
                 session.add(self._row(claim, body_sha256, now))
@@ -78,7 +78,7 @@ class IdempotencyKeys:
         """
         statement = (
             update(IdempotencyRow)
-            .where(IdempotencyRow.key == claim.key, IdempotencyRow.claim == claim.claim)
+            .where(*_held(claim))
             .values(status_code=answer.status_code, location=answer.location, response=answer.body)
         )
         result = session.execute(statement)
@@ -89,13 +89,11 @@ class IdempotencyKeys:
     def release(self, claim: Claim) -> None:
         """Give the key back: the request failed and stored nothing."""
         with self._database.write() as session:
-            session.execute(
-                delete(IdempotencyRow).where(IdempotencyRow.key == claim.key, IdempotencyRow.claim == claim.claim)
-            )
+            session.execute(delete(IdempotencyRow).where(*_held(claim)))
 
     def _row(self, claim: Claim, body_sha256: str, now: datetime) -> IdempotencyRow:
         return IdempotencyRow(
-            project=DEFAULT_PROJECT,
+            project=claim.project,
             key=claim.key,
             body_sha256=body_sha256,
             claim=claim.claim,
@@ -105,7 +103,7 @@ class IdempotencyKeys:
 
     def _existing(self, claim: Claim, body_sha256: str, now: datetime) -> Claim | Answer:
         with self._database.write() as session:
-            row = session.get(IdempotencyRow, (DEFAULT_PROJECT, claim.key), with_for_update=True)
+            row = session.get(IdempotencyRow, (claim.project, claim.key), with_for_update=True)
             if row is None or (row.status_code is None and row.claim_expires_at <= now):
                 session.merge(self._row(claim, body_sha256, now))
                 return claim
@@ -115,3 +113,12 @@ class IdempotencyKeys:
                 raise Conflict("idempotency_in_flight", f"a request with this {HEADER} is still being worked on")
             assert row.response is not None
             return Answer(row.status_code, row.location, row.response, replayed=True)
+
+
+def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    """Picks the row of a claim while it is held."""
+    return (
+        IdempotencyRow.project == claim.project,
+        IdempotencyRow.key == claim.key,
+        IdempotencyRow.claim == claim.claim,
+    )

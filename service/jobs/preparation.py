@@ -18,7 +18,7 @@ from service.files.repository import FileRepository
 from service.jobs.admission import admit, resolved_training
 from service.plans.repository import PlanRepository
 from service.plans.service import PlanService
-from service.roots import resolve_below, resolve_model_folder
+from service.roots import Paths
 from service.settings import Settings
 
 
@@ -48,31 +48,31 @@ class JobPreparation:
         self._plans = plans
         self._devices = devices
         self._settings = settings
+        self._paths = Paths(database, settings)
 
-    def prepare(self, request: JobRequest) -> PreparedJob:
+    def prepare(self, project: str, request: JobRequest) -> PreparedJob:
         """A request that can run.
 
         Raises:
             InputError: something in it is unknown, missing, malformed or outside the roots.
             DoesNotFit: its plan exceeds the device.
         """
-        name, folder = self._model(request)
+        name, folder = self._model(project, request)
         gpu, device = self._device(request.gpu)
-        field, path, data_name = self._dataset(request)
+        field, path, data_name = self._dataset(project, request)
         try:
             dataset = check_dataset(path, request.dataset.format)
         except InputError as error:
             raise InputError(field, error.message) from error
-        plan = self._plan(request, folder, gpu)
+        plan = self._plan(project, request, folder, gpu)
         admit(plan, device.memory_bytes)
         training = resolved_training(request.training, plan)
         return PreparedJob(request, name, folder, path, data_name, dataset.num_rows, gpu, device, plan, training)
 
-    def _model(self, request: JobRequest) -> tuple[str, Path]:
+    def _model(self, project: str, request: JobRequest) -> tuple[str, Path]:
         settings = self._settings
         if isinstance(request.model, ModelPath):
-            roots = [*settings.model_roots, settings.models_dir]
-            folder = resolve_model_folder("model.path", request.model.path, roots)
+            folder = self._paths.model_folder(project, "model.path", request.model.path)
             name, field = str(folder), "model.path"
         elif isinstance(request.model, str):
             name, field = find_model(request.model).id, "model"
@@ -98,30 +98,29 @@ class JobPreparation:
             raise InputError("gpu", f"no device of kind {gpu.kind} here to run {gpu.name!r} on; there is: {offered}")
         return gpu, device
 
-    def _dataset(self, request: JobRequest) -> tuple[str, Path, str]:
+    def _dataset(self, project: str, request: JobRequest) -> tuple[str, Path, str]:
         settings, dataset = self._settings, request.dataset
         if dataset.path is not None:
-            roots = [*settings.dataset_roots, settings.data_dir]
-            path = resolve_below("dataset.path", dataset.path, roots)
+            path = self._paths.dataset(project, "dataset.path", dataset.path)
             return "dataset.path", path, path.name
         assert dataset.file_id is not None
-        with self._database.read() as session:
+        with self._database.of(project).read() as session:
             row = FileRepository(session).find(dataset.file_id)
         if row is None:
             raise InputError("dataset.file_id", f"there is no file {dataset.file_id!r}")
         return "dataset.file_id", settings.files_dir / row.stored_name, row.filename
 
-    def _plan(self, request: JobRequest, folder: Path, gpu: GpuSpec) -> Plan:
+    def _plan(self, project: str, request: JobRequest, folder: Path, gpu: GpuSpec) -> Plan:
         fields = request.training.model_dump(include=set(TrainingSpec.model_fields))
         training = parse(TrainingSpec, fields)
         if request.plan_id is not None:
-            return self._given_plan(request.plan_id, folder, gpu, training)
-        row, _ = self._plans.plan(PlanRequest(model=ModelPath(path=str(folder)), gpu=gpu, training=training))
-        return Plan.model_validate(row.plan)
+            return self._given_plan(project, request.plan_id, folder, gpu, training)
+        asked = PlanRequest(model=ModelPath(path=str(folder)), gpu=gpu, training=training)
+        return Plan.model_validate(self._plans.plan(project, asked)[0].plan.plan)
 
-    def _given_plan(self, given: str, folder: Path, gpu: GpuSpec, training: TrainingSpec) -> Plan:
+    def _given_plan(self, project: str, given: str, folder: Path, gpu: GpuSpec, training: TrainingSpec) -> Plan:
         """The plan that the job names; it is made again if the planner has changed since."""
-        with self._database.read() as session:
+        with self._database.of(project).read() as session:
             row = PlanRepository(session).find(given)
         if row is None:
             raise InputError("plan_id", f"there is no plan {given!r}")
@@ -134,7 +133,7 @@ class JobPreparation:
         differing = [name for name, is_same in same.items() if not is_same]
         if differing:
             raise InputError("plan_id", f"{given} was made for another {' and '.join(differing)}")
-        return Plan.model_validate(self._plans.plan(planned)[0].plan)
+        return Plan.model_validate(self._plans.plan(project, planned)[0].plan.plan)
 
     def _folder_of(self, model: ModelRef) -> Path | None:
         if isinstance(model, str):

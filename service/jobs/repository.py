@@ -78,6 +78,11 @@ class JobRepository:
         counted = dict(self._session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).all())
         return {state: counted.get(state, 0) for state in JobState}
 
+    def count_unfinished(self) -> int:
+        """How many jobs have not ended yet."""
+        unfinished = [state for state in JobState if not state.is_final]
+        return self._session.scalar(select(func.count()).where(JobRow.state.in_(unfinished))) or 0
+
     def active(self) -> list[JobRow]:
         """Jobs that may hold a device, oldest first."""
         statement = select(JobRow).where(JobRow.state.in_(ACTIVE)).order_by(JobRow.created_at)

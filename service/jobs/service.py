@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from engine.spec import JobRequest
 from service.clock import Clock
-from service.db import Database
-from service.db.base import DEFAULT_PROJECT
+from service.db import Database, take_in_turn
 from service.db.tables import JobRow
+from service.errors import Conflict
 from service.execution.devices import Device
 from service.ids import new_id
 from service.jobs.idempotency import Answer, IdempotencyKeys
@@ -60,18 +60,19 @@ class JobService:
     ) -> None:
         self._database = database
         self._clock = clock
+        self._settings = settings
         self._preparation = JobPreparation(database, plans, devices, settings)
         claim_seconds = settings.plan_timeout_seconds + settings.plan_queue_seconds + _CLAIM_MARGIN_SECONDS
         self._keys = IdempotencyKeys(database, clock, claim_seconds)
 
-    def dry_run(self, request: JobRequest) -> DryRun:
+    def dry_run(self, project: str, request: JobRequest) -> DryRun:
         """Every check and admission; no job is stored.
 
         Raises:
             InputError: see `JobPreparation.prepare`.
             DoesNotFit: see `JobPreparation.prepare`.
         """
-        prepared = self._preparation.prepare(request)
+        prepared = self._preparation.prepare(project, request)
         return DryRun(
             plan_id=prepared.plan.id,
             predicted_bytes=prepared.plan.peak.upper_bytes,
@@ -84,25 +85,27 @@ class JobService:
             ),
         )
 
-    def submit(self, request: JobRequest, idempotency_key: str | None) -> Answer:
+    def submit(self, project: str, request: JobRequest, idempotency_key: str | None) -> Answer:
         """Checks, plans, admits and queues a job; at most once for an idempotency key.
 
         Raises:
             InputError: see `JobPreparation.prepare`.
             DoesNotFit: see `JobPreparation.prepare`.
-            Conflict: the key's first request is still in flight.
+            Conflict: the key's first request is still in flight, or the project has too many unfinished jobs.
             Unprocessable: the key was used with another body.
         """
         if idempotency_key is None:
-            return self._store(self._preparation.prepare(request))
+            prepared = self._preparation.prepare(project, request)
+            with self._database.of(project).write() as session:
+                return self._add(session, project, prepared)
         body_sha256 = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-        claim = self._keys.claim(idempotency_key, body_sha256)
+        claim = self._keys.claim(project, idempotency_key, body_sha256)
         if isinstance(claim, Answer):
             return claim
         try:
-            prepared = self._preparation.prepare(request)
-            with self._database.write() as session:
-                answer = self._add(session, prepared)
+            prepared = self._preparation.prepare(project, request)
+            with self._database.of(project).write() as session:
+                answer = self._add(session, project, prepared)
                 self._keys.answer(session, claim, answer)
         except BaseException:
             self._keys.release(claim)
@@ -134,13 +137,10 @@ class JobService:
             job.not_before = now
         return job
 
-    def _store(self, prepared: PreparedJob) -> Answer:
-        with self._database.write() as session:
-            return self._add(session, prepared)
-
-    def _add(self, session: Session, prepared: PreparedJob) -> Answer:
+    def _add(self, session: Session, project: str, prepared: PreparedJob) -> Answer:
         jobs = JobRepository(session)
-        job = self._job(prepared, jobs.output_names)
+        self._check_quota(session, project, jobs)
+        job = self._job(project, prepared, jobs.output_names)
         jobs.add(job)
         data: dict[str, Any] = {
             "from": None,
@@ -153,7 +153,13 @@ class JobService:
         add_event(session, job, "state", data, now=job.created_at)
         return Answer(201, f"/v1/jobs/{job.id}", JobView.of(job).model_dump(mode="json"))
 
-    def _job(self, prepared: PreparedJob, taken: Callable[[str], list[str]]) -> JobRow:
+    def _check_quota(self, session: Session, project: str, jobs: JobRepository) -> None:
+        limit = self._settings.quota_of(project).max_open_jobs
+        take_in_turn(session, project)
+        if jobs.count_unfinished() >= limit:
+            raise Conflict("quota_exceeded", f"{limit} jobs of this project have not ended yet, and that is its limit")
+
+    def _job(self, project: str, prepared: PreparedJob, taken: Callable[[str], list[str]]) -> JobRow:
         request, now = prepared.request, self._clock.now()
         job_id = new_id("job", now)
         run = run_spec(
@@ -168,7 +174,7 @@ class JobService:
         )
         return JobRow(
             id=job_id,
-            project=DEFAULT_PROJECT,
+            project=project,
             name=request.name,
             state=JobState.QUEUED,
             reason=Reason.SUBMITTED,

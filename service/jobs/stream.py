@@ -11,7 +11,8 @@ from fastapi import APIRouter, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from engine.errors import InputError
-from service.dependencies import ReadSession, ServicesDep
+from service.access.keys import Caller
+from service.dependencies import CallerDep, ReadSession, ServicesDep, StreamTurn
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import EventView
 from service.paging import Window
@@ -33,15 +34,18 @@ def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
         raise InputError("Last-Event-ID", "should be the id of an event of this job") from error
 
 
-@router.get("/{job_id}/events/stream", response_class=EventSourceResponse)
+@router.get("/{job_id}/events/stream", response_class=EventSourceResponse, dependencies=[StreamTurn])
 async def stream_events(
     job: Annotated[str, Depends(_existing_job, scope="function")],
     last_event: Annotated[int, Depends(_last_event)],
     services: ServicesDep,
+    caller: CallerDep,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Events as they happen; ``Last-Event-ID`` resumes after an event. The stream ends when the job has ended."""
+    """Events as they happen; ``Last-Event-ID`` resumes after an event. The stream ends when the job has ended, or the
+    key does.
+    """
     while not services.closing.is_set():
-        events, is_final = await to_thread.run_sync(_next_events, services, job, last_event)
+        events, is_final = await to_thread.run_sync(_next_events, services, caller, job, last_event)
         for event in events:
             yield ServerSentEvent(raw_data=event.model_dump_json(), event=event.type, id=event.id)
             last_event = int(event.id)
@@ -51,9 +55,11 @@ async def stream_events(
             await anyio.sleep(services.settings.poll_seconds)
 
 
-def _next_events(services: Services, job_id: str, last_event: int) -> tuple[list[EventView], bool]:
-    """Events after one, and whether the job had ended before they were read."""
-    with services.database.read() as session:
+def _next_events(services: Services, caller: Caller, job_id: str, last_event: int) -> tuple[list[EventView], bool]:
+    """Events after one, and whether they are the last: the job had ended before, or the caller may not go on."""
+    if not services.access.is_still_valid(caller):
+        return [], True
+    with services.database.of(caller.project).read() as session:
         jobs = JobRepository(session)
         is_final = jobs.get(job_id).state.is_final
         rows, _ = jobs.events(job_id, Window(str(last_event), _BATCH))

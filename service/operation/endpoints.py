@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
 from service.db import current_revision, head_revision
-from service.dependencies import ServicesDep
+from service.dependencies import AdminOnly, ServicesDep
 from service.errors import Busy
 from service.services import Services
 
@@ -39,9 +39,9 @@ def readyz(services: ServicesDep) -> Health:
     return Health()
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, dependencies=[AdminOnly])
 def metrics(services: ServicesDep) -> Response:
-    """Prometheus metrics."""
+    """Prometheus metrics, of every project together; needs the scope admin."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 

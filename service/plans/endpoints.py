@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from planner.exports import Format
 from planner.spec import Plan, PlanRequest, Timeline
-from service.dependencies import PlansDep, ReadSession
+from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession
 from service.paging import OptionalText, Page, WindowDep
 from service.plans.repository import PlanRepository
 from service.plans.schemas import CompareRequest, Comparison, PlanSummary
@@ -27,10 +27,11 @@ _FILE_TYPES: dict[Format, tuple[str, str]] = {
 _FILES: dict[str, Any] = {media_type: {} for media_type, _ in _FILE_TYPES.values()}
 
 
-@router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}})
-def create_plan(request: PlanRequest, plans: PlansDep) -> Response:
+@router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}}, dependencies=[PlanTurn])
+def create_plan(request: PlanRequest, plans: PlansDep, caller: CallerDep) -> Response:
     """Plan a run without running it: 201 with the plan, 200 when the same request was planned before."""
-    row, is_new = plans.plan(request)
+    use, is_new = plans.plan(caller.project, request)
+    row = use.plan
     headers = {"Location": f"/v1/plans/{row.id}", "ETag": f'"{row.id}"'}
     return JSONResponse(row.plan, status_code=201 if is_new else 200, headers=headers)
 
@@ -40,14 +41,14 @@ def list_plans(
     session: ReadSession, window: WindowDep, model: OptionalText = None, gpu: OptionalText = None
 ) -> Page[PlanSummary]:
     """Stored plans, newest first."""
-    rows, has_more = PlanRepository(session).page(window, model=model, gpu=gpu)
-    return Page.of([PlanSummary.of(row) for row in rows], has_more=has_more)
+    uses, has_more = PlanRepository(session).page(window, model=model, gpu=gpu)
+    return Page.of([PlanSummary.of(use) for use in uses], has_more=has_more)
 
 
-@router.post("/compare")
-def compare_plans(request: CompareRequest, plans: PlansDep) -> Page[Comparison]:
+@router.post("/compare", dependencies=[PlanTurn])
+def compare_plans(request: CompareRequest, plans: PlansDep, caller: CallerDep) -> Page[Comparison]:
     """One model against several devices and methods: a plan for each pair."""
-    return Page.of([Comparison.of(row) for row in plans.compare(request)])
+    return Page.of([Comparison.of(use) for use in plans.compare(caller.project, request)])
 
 
 @router.get("/{plan_id}", response_model=Plan)
@@ -60,10 +61,13 @@ def show_plan(plan_id: str, session: ReadSession, if_none_match: Annotated[str |
     return JSONResponse(row.plan, headers=headers)
 
 
-@router.get("/{plan_id}/timeline", response_model=Timeline, responses={200: {"content": _FILES}})
+@router.get(
+    "/{plan_id}/timeline", response_model=Timeline, responses={200: {"content": _FILES}}, dependencies=[PlanTurn]
+)
 def show_timeline(
     plan_id: str,
     plans: PlansDep,
+    caller: CallerDep,
     form: Annotated[Format, Query(alias="format")] = "json",
     chunk: Annotated[int | None, Query(ge=0)] = None,
 ) -> Any:
@@ -73,9 +77,9 @@ def show_timeline(
     pytorch.org/memory_viz the allocations of one `chunk` (default: that with the peak); `svg` and `png`, the picture.
     """
     if form == "json" and chunk is None:
-        return plans.timeline(plan_id)
+        return plans.timeline(caller.project, plan_id)
     media_type, suffix = _FILE_TYPES[form]
-    content = plans.export(plan_id, form, chunk)
+    content = plans.export(caller.project, plan_id, form, chunk)
     disposition = "inline" if form in ("svg", "png") else "attachment"
     headers = {"Content-Disposition": f'{disposition}; filename="{plan_id}{suffix}"'}
     return Response(content, media_type=media_type, headers=headers)

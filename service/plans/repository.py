@@ -1,11 +1,11 @@
-"""SQL on plans."""
+"""SQL on plans. In a project's session only those are found that the project has asked for."""
 
 from __future__ import annotations
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, contains_eager, joinedload
 
-from service.db.tables import PlanRow
+from service.db.tables import PlanRow, PlanUseRow
 from service.errors import NotFound
 from service.ids import is_well_formed
 from service.paging import Window, newest_first
@@ -32,16 +32,19 @@ class PlanRepository:
             raise NotFound("plan", plan_id)
         return row
 
-    def page(self, window: Window, *, model: str | None, gpu: str | None) -> tuple[list[PlanRow], bool]:
-        """Plans, newest first."""
-        statement = select(PlanRow)
+    def find_use(self, plan_id: str, project: str) -> PlanUseRow | None:
+        """A project's use of a plan, with the plan."""
+        return self._session.get(PlanUseRow, (project, plan_id), options=[joinedload(PlanUseRow.plan)])
+
+    def page(self, window: Window, *, model: str | None, gpu: str | None) -> tuple[list[PlanUseRow], bool]:
+        """Plans as a project came to know them, newest first."""
+        statement = select(PlanUseRow).join(PlanUseRow.plan).options(contains_eager(PlanUseRow.plan))
         if model is not None:
             statement = statement.where(PlanRow.model == model)
         if gpu is not None:
             statement = statement.where(PlanRow.gpu == gpu)
-        return newest_first(self._session, statement, PlanRow.created_at, PlanRow.id, window)
+        return newest_first(self._session, statement, PlanUseRow.created_at, PlanUseRow.plan_id, window)
 
-    def add(self, row: PlanRow) -> PlanRow:
-        """Stores a plan."""
+    def add(self, row: PlanUseRow) -> None:
+        """Stores a use of a plan, and the plan with it if it is new."""
         self._session.add(row)
-        return row

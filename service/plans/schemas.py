@@ -9,7 +9,7 @@ from pydantic import Field
 
 from engine.spec import ModelRef, SpecModel, TrainingSpec
 from planner.spec import GpuRef
-from service.db.tables import PlanRow
+from service.db.tables import PlanUseRow
 from service.paging import Listed
 
 
@@ -29,8 +29,9 @@ class PlanSummary(Listed):
     created_at: datetime
 
     @classmethod
-    def of(cls, row: PlanRow) -> PlanSummary:
-        """The summary of a stored plan."""
+    def of(cls, use: PlanUseRow) -> PlanSummary:
+        """The summary of a plan that a project has asked for."""
+        row = use.plan
         return cls(
             id=row.id,
             planner_version=row.planner_version,
@@ -41,7 +42,7 @@ class PlanSummary(Listed):
             upper_bytes=row.upper_bytes,
             capacity_bytes=row.capacity_bytes,
             step_seconds=row.step_seconds,
-            created_at=row.created_at,
+            created_at=use.created_at,
         )
 
 
@@ -68,8 +69,9 @@ class Comparison(PlanSummary):
     tokens_per_second: float
 
     @classmethod
-    def of(cls, row: PlanRow) -> Comparison:
-        """The cell of a stored plan."""
-        peak = row.plan["peak"]
+    def of(cls, use: PlanUseRow) -> Comparison:
+        """The cell of a plan."""
+        plan = use.plan.plan
+        peak = plan["peak"]
         figures = {name: peak[name] for name in ("allocated_bytes", "reserved_bytes", "device_bytes", "host_bytes")}
-        return cls(**PlanSummary.of(row).model_dump(), **figures, tokens_per_second=row.plan["tokens_per_second"])
+        return cls(**PlanSummary.of(use).model_dump(), **figures, tokens_per_second=plan["tokens_per_second"])

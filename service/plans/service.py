@@ -12,14 +12,14 @@ from planner.planning import plan_id
 from planner.spec import GpuSpec, Plan, PlanRequest, Timeline
 from service.bounded import check_json
 from service.clock import Clock
-from service.db import Database
-from service.db.tables import PlanRow
+from service.db import Database, take_in_turn
+from service.db.tables import PlanRow, PlanUseRow
 from service.errors import Conflict
 from service.operation.metrics import Metrics
 from service.plans.repository import PlanRepository
 from service.plans.schemas import CompareRequest
 from service.plans.worker import Planner
-from service.roots import resolve_model_folder
+from service.roots import Paths
 from service.settings import Settings
 
 
@@ -34,64 +34,76 @@ class PlanService:
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
+        self._paths = Paths(database, settings)
 
-    def plan(self, request: PlanRequest) -> tuple[PlanRow, bool]:
-        """The plan of a request, and whether it is new.
+    def plan(self, project: str, request: PlanRequest) -> tuple[PlanUseRow, bool]:
+        """The plan of a request, and whether it is new to the project.
 
         Raises:
             InputError: the request names something unknown, outside the roots, or impossible.
         """
-        request = self._checked(request)
+        request = self._checked(project, request)
+        plan_id = _content_id(request)
         with self._database.read() as session:
-            known = PlanRepository(session).find(_content_id(request))
+            plans = PlanRepository(session)
+            known, stored = plans.find_use(plan_id, project), plans.find(plan_id)
         if known is not None:
             return known, False
-        with self._metrics.plan_seconds.time():
-            plan = self._planner.plan(request)
+        if stored is None:
+            with self._metrics.plan_seconds.time():
+                stored = self._row(self._planner.plan(request))
+        return self._use(project, stored)
+
+    def _use(self, project: str, row: PlanRow) -> tuple[PlanUseRow, bool]:
+        """Stores that a project has asked for a plan, and the plan if nobody else had."""
         with self._database.write() as session:
+            take_in_turn(session, row.id)  # the same request may be made by others at the same time
             plans = PlanRepository(session)
-            known = plans.find(plan.id)
-            return (known, False) if known is not None else (plans.add(self._row(plan)), True)
+            known = plans.find_use(row.id, project)
+            if known is not None:
+                return known, False
+            use = PlanUseRow(project=project, plan=session.merge(row), created_at=self._clock.now())
+            plans.add(use)
+        return use, True
 
-    def compare(self, request: CompareRequest) -> list[PlanRow]:
+    def compare(self, project: str, request: CompareRequest) -> list[PlanUseRow]:
         """One plan per device and method, devices outermost."""
-        return [self.plan(single)[0] for single in _single_requests(request)]
+        return [self.plan(project, single)[0] for single in _single_requests(request)]
 
-    def timeline(self, plan_id: str) -> Timeline:
+    def timeline(self, project: str, plan_id: str) -> Timeline:
         """The plan's footprint over one cycle, thinned to its highest points where it is too long.
 
         Raises:
             NotFound: there is no such plan.
             Conflict: the planner or the model has changed since, so that a timeline would contradict the plan.
         """
-        timeline = self._planner.timeline(self._current(plan_id).request)
+        timeline = self._planner.timeline(self._current(project, plan_id).request)
         return thin(timeline, self._settings.max_timeline_points)
 
-    def export(self, plan_id: str, form: Format, chunk_index: int | None) -> bytes:
+    def export(self, project: str, plan_id: str, form: Format, chunk_index: int | None) -> bytes:
         """The plan's footprint as a file; raises as :meth:`timeline` does.
 
         Raises:
             InputError: the plan has no such chunk, or the format is of all chunks.
         """
-        return self._planner.export(self._current(plan_id), form, chunk_index)
+        return self._planner.export(self._current(project, plan_id), form, chunk_index)
 
-    def _current(self, plan_id: str) -> Plan:
+    def _current(self, project: str, plan_id: str) -> Plan:
         """A stored plan that this planner would make again."""
-        with self._database.read() as session:
+        with self._database.of(project).read() as session:
             plan = Plan.model_validate(PlanRepository(session).get(plan_id).plan)
         if _content_id(plan.request) != plan.id:
             message = "another planner version made this plan, or its model has changed; plan the request again"
             raise Conflict("planner_changed", message)
         return plan
 
-    def _checked(self, request: PlanRequest) -> PlanRequest:
+    def _checked(self, project: str, request: PlanRequest) -> PlanRequest:
         if isinstance(request.model, ModelConfig):
             check_json("model.config", request.model.config)
         if isinstance(request.gpu, GpuSpec):
             check_json("gpu", request.gpu.model_dump())
         if isinstance(request.model, ModelPath):
-            roots = [*self._settings.model_roots, self._settings.models_dir]
-            folder = resolve_model_folder("model.path", request.model.path, roots)
+            folder = self._paths.model_folder(project, "model.path", request.model.path)
             request = request.model_copy(update={"model": ModelPath(path=str(folder))})
         return request
 

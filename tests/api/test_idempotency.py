@@ -38,7 +38,7 @@ def test_a_refused_request_gives_its_key_back(client, dataset):
 
 def test_a_request_in_flight_is_409_until_its_claim_runs_out(client, dataset, services, clock):
     keys = IdempotencyKeys(services.database, clock, claim_seconds=10)
-    assert isinstance(keys.claim(KEY["Idempotency-Key"], "0" * 64), Claim)
+    assert isinstance(keys.claim("default", KEY["Idempotency-Key"], "0" * 64), Claim)
     blocked = client.post("/v1/jobs", json=job_request(dataset), headers=KEY)
     assert blocked.status_code == 422  # another body
     clock.advance(seconds=11)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from service.settings import Settings
 
@@ -36,15 +35,23 @@ def test_the_environment_wins_over_the_file(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
-def test_an_open_host_is_refused_unless_the_network_is_closed(host):
-    with pytest.raises(ValidationError, match="loopback"):
-        Settings(host=host)
-    assert Settings(host=host, trusted_network=True).host == host
+def test_an_open_host_needs_keys_unless_the_network_is_closed(host):
+    assert Settings(host=host).requires_keys
+    assert not Settings(host=host, trusted_network=True).requires_keys
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_loopback_needs_no_permission(host):
-    assert Settings(host=host).host == host
+def test_loopback_needs_no_keys(host):
+    assert not Settings(host=host).requires_keys
+
+
+def test_a_project_has_the_common_quota_but_for_what_is_its_own(monkeypatch):
+    monkeypatch.setenv("CHUNKPLAN_QUOTA__MAX_OPEN_JOBS", "7")
+    monkeypatch.setenv("CHUNKPLAN_PROJECT_QUOTAS", '{"alpha": {"max_streams": 3}}')
+    settings = Settings()
+    alpha, other = settings.quota_of("alpha"), settings.quota_of("other")
+    assert (alpha.max_open_jobs, alpha.max_streams) == (7, 3)
+    assert (other.max_open_jobs, other.max_streams) == (7, 200)
 
 
 def test_a_server_with_a_wrong_setting_says_which_and_exits_2(monkeypatch):

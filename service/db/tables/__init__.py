@@ -4,7 +4,7 @@ from service.db.tables.access import ApiKeyRow, IdempotencyRow
 from service.db.tables.catalog import CalibrationRow, GpuRow, ModelRow
 from service.db.tables.files import FileRow
 from service.db.tables.jobs import AttemptRow, EventRow, JobRow
-from service.db.tables.plans import PlanRow
+from service.db.tables.plans import PlanRow, PlanUseRow
 from service.db.tables.results import ArtifactRow, CheckpointRow, MetricRow, ProfileRow, SampleRow
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MetricRow",
     "ModelRow",
     "PlanRow",
+    "PlanUseRow",
     "ProfileRow",
     "SampleRow",
 ]

@@ -8,30 +8,33 @@ from typing import Any
 from sqlalchemy import Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import DEFAULT_PROJECT, Base, Digest, Identifier, Name
+from service.db.base import Base, Digest, Identifier, Name, Owned
 
 
 class ApiKeyRow(Base):
-    """An API key: only its hash is stored."""
+    """An API key: only its hash is stored. Rows are kept when a key is revoked."""
 
     __tablename__ = "api_keys"
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    project: Mapped[Name] = mapped_column(default=DEFAULT_PROJECT)
+    """The public half of the key; the key itself contains it."""
+    project: Mapped[Name]
     name: Mapped[Name]
     key_sha256: Mapped[Digest] = mapped_column(unique=True)
     scopes: Mapped[list[Any]]
     created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+    """Coarse: see `service.access.service`."""
     revoked_at: Mapped[datetime | None]
 
 
-class IdempotencyRow(Base):
+class IdempotencyRow(Owned, Base):
     """One Idempotency-Key: in flight until ``status_code`` is set; from then on its response is replayed."""
 
     __tablename__ = "idempotency_keys"
 
-    project: Mapped[Name] = mapped_column(primary_key=True, default=DEFAULT_PROJECT)
+    project: Mapped[Name] = mapped_column(primary_key=True)
     key: Mapped[Name] = mapped_column(primary_key=True)
     body_sha256: Mapped[Digest]
     claim: Mapped[Identifier]

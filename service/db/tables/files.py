@@ -9,17 +9,16 @@ from pathlib import PurePath
 from sqlalchemy import Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import DEFAULT_PROJECT, Base, Digest, Identifier, Name
+from service.db.base import Base, Digest, Identifier, Name, Owned
 
 
-class FileRow(Base):
+class FileRow(Owned, Base):
     """An uploaded file; its content lies in the data folder under its id."""
 
     __tablename__ = "files"
-    __table_args__ = (Index(None, "created_at", "id"),)
+    __table_args__ = (Index(None, "project", "created_at", "id"),)
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    project: Mapped[Name] = mapped_column(default=DEFAULT_PROJECT)
     filename: Mapped[Name]
     purpose: Mapped[Name]
     size_bytes: Mapped[int]

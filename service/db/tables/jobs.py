@@ -8,22 +8,22 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import DEFAULT_PROJECT, Base, BigKey, Identifier, Name, Reference, choice
+from service.db.base import Base, BigKey, Identifier, Name, OfJob, Owned, Reference, choice
 from service.jobs.states import JobState, Reason
 
 
-class JobRow(Base):
+class JobRow(Owned, Base):
     """One fine-tuning job."""
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index(None, "created_at", "id"),
+        Index(None, "project", "created_at", "id"),
+        Index(None, "project", "model", "created_at"),
+        Index(None, "project", "state"),
         Index(None, "state", "priority", "created_at"),
-        Index(None, "model", "created_at"),
     )
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    project: Mapped[Name] = mapped_column(default=DEFAULT_PROJECT)
     name: Mapped[Name]
     state: Mapped[JobState] = mapped_column(choice(JobState))
     reason: Mapped[Reason] = mapped_column(choice(Reason))
@@ -57,14 +57,13 @@ class JobRow(Base):
     finished_at: Mapped[datetime | None]
 
 
-class AttemptRow(Base):
+class AttemptRow(OfJob, Base):
     """One process that runs, or ran, a job. Its token fences its writes: see `service.execution.ingest`."""
 
     __tablename__ = "attempts"
     __table_args__ = (UniqueConstraint("job_id", "number"), Index(None, "ended_at", "lease_expires_at"))
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
     number: Mapped[int]
     token: Mapped[Identifier]
     owner: Mapped[Name]
@@ -90,14 +89,13 @@ class AttemptRow(Base):
     ended_at: Mapped[datetime | None]
 
 
-class EventRow(Base):
+class EventRow(OfJob, Base):
     """Something that happened to a job; numbered from 1 within the job."""
 
     __tablename__ = "events"
     __table_args__ = (UniqueConstraint("job_id", "number"), Index(None, "type", "created_at"))
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)
-    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
     attempt_id: Mapped[Identifier | None] = mapped_column(ForeignKey("attempts.id"))
     number: Mapped[int]
     type: Mapped[Name]

@@ -8,17 +8,16 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import DEFAULT_PROJECT, Base, BigKey, Digest, Identifier, Name, Reference
+from service.db.base import Base, BigKey, Digest, Identifier, Name, OfJob, Owned, Reference
 
 
-class CheckpointRow(Base):
+class CheckpointRow(OfJob, Base):
     """A complete checkpoint in the run's folder."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (Index(None, "job_id", "created_at"),)
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
     attempt_id: Mapped[Identifier] = mapped_column(ForeignKey("attempts.id"))
     step: Mapped[int]
     path: Mapped[Reference]
@@ -28,14 +27,13 @@ class CheckpointRow(Base):
     created_at: Mapped[datetime]
 
 
-class ArtifactRow(Base):
+class ArtifactRow(OfJob, Base):
     """A file that the job made."""
 
     __tablename__ = "artifacts"
     __table_args__ = (UniqueConstraint("job_id", "name"),)
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
     attempt_id: Mapped[Identifier] = mapped_column(ForeignKey("attempts.id"))
     name: Mapped[Reference]
     path: Mapped[Reference]
@@ -45,14 +43,13 @@ class ArtifactRow(Base):
     created_at: Mapped[datetime]
 
 
-class MetricRow(Base):
+class MetricRow(OfJob, Base):
     """One training step (kind ``train``) or one evaluation (``eval``)."""
 
     __tablename__ = "metrics"
     __table_args__ = (Index(None, "job_id", "id"),)
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)
-    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
     attempt_id: Mapped[Identifier] = mapped_column(ForeignKey("attempts.id"))
     kind: Mapped[Name]
     step: Mapped[int]
@@ -67,14 +64,13 @@ class MetricRow(Base):
     created_at: Mapped[datetime]
 
 
-class ProfileRow(Base):
+class ProfileRow(Owned, Base):
     """What a finished job measured against its plan: kept for ever."""
 
     __tablename__ = "profiles"
-    __table_args__ = (Index(None, "created_at", "id"), Index(None, "model", "gpu"))
+    __table_args__ = (Index(None, "project", "created_at", "id"), Index(None, "project", "model", "gpu"))
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
-    project: Mapped[Name] = mapped_column(default=DEFAULT_PROJECT)
     job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"), unique=True)
     plan_id: Mapped[Identifier] = mapped_column(ForeignKey("plans.id"))
     model: Mapped[Reference]
@@ -95,14 +91,13 @@ class ProfileRow(Base):
     created_at: Mapped[datetime]
 
 
-class SampleRow(Base):
+class SampleRow(OfJob, Base):
     """What the allocator recorded in one phase of one step."""
 
     __tablename__ = "profile_samples"
     __table_args__ = (Index(None, "job_id", "id"), Index(None, "created_at"))
 
     id: Mapped[int] = mapped_column(BigKey, primary_key=True)
-    job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"))
     attempt_id: Mapped[Identifier] = mapped_column(ForeignKey("attempts.id"))
     step: Mapped[int]
     chunk_index: Mapped[int]
