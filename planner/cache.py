@@ -21,6 +21,7 @@ from planner.segments import StepTrace
 from planner.structure import ChunkRoles, ModelStructure
 
 if TYPE_CHECKING:
+    from planner.memory import Known
     from planner.trace import ModelTracer
 
 _TRACED_CODE = {
@@ -83,6 +84,7 @@ class TraceStore:
         self._training = training
         self._device_kind = device_kind
         self._tracer: ModelTracer | None = None
+        self._known: Known = {}
         self._path = cache_dir() / f"{self._key()}.json"
         self._content: dict[str, Any] = self._read()
         self._steps: dict[str, StepTrace] = {}
@@ -120,7 +122,7 @@ class TraceStore:
         if self._tracer is None:
             from planner.trace import ModelTracer
 
-            self._tracer = ModelTracer(self._config, self._training, self._device_kind)
+            self._tracer = ModelTracer(self._config, self._training, self._device_kind, self._known)
         self._is_changed = True
         return self._tracer
 
@@ -158,7 +160,14 @@ class TraceStore:
                 from planner.update import trace_update
 
                 trace = trace_update(
-                    self._device_kind, *shape, training, schedule, comes=comes, leaves=leaves, is_shared=is_shared
+                    self._device_kind,
+                    *shape,
+                    training,
+                    schedule,
+                    comes=comes,
+                    leaves=leaves,
+                    is_shared=is_shared,
+                    known=self._known,
                 )
                 self._content["updates"][key] = trace.to_json()
                 self._is_changed = True

@@ -29,7 +29,7 @@ from engine.stream import ParameterStream
 from engine.tasks import Task, task_of
 from planner.autocast import traced_autocast
 from planner.kernels import traced_kernels
-from planner.memory import MemoryTrace
+from planner.memory import Known, MemoryTrace
 from planner.segments import CATEGORIES, EMBED, HEAD, Block, StepTrace, layer_runs
 from planner.structure import ChunkRoles, ModelStructure
 
@@ -47,11 +47,15 @@ class ModelTracer:
         config: content of a Hugging Face config.json.
         training: the spec; its schedule does not matter here.
         device_kind: ``cuda``, ``rocm`` or ``cpu``: decides which attention kernel runs.
+        known: see :class:`planner.memory.MemoryTrace`.
     """
 
-    def __init__(self, config: dict[str, Any], training: TrainingSpec, device_kind: str) -> None:
+    def __init__(
+        self, config: dict[str, Any], training: TrainingSpec, device_kind: str, known: Known | None = None
+    ) -> None:
         self.training = training
         self.device_kind = device_kind
+        self._known: Known = {} if known is None else known
         with _refusals("building the model"):
             self.model = meta_model(config, training.precision, training.attention)
             if training.lora is not None:
@@ -126,7 +130,7 @@ class ModelTracer:
     def trace_layers(self, chunk: Chunk, kept: list[int], *, expands: bool = False) -> StepTrace:
         """The same on the given layers; with all of them nothing is left to compose."""
         training = self.training
-        mode = MemoryTrace(self.device_kind)
+        mode = MemoryTrace(self.device_kind, self._known)
         with ExitStack() as stack:
             stack.enter_context(self._reduced(kept))
             asked = stack.enter_context(traced_kernels(self.device_kind, packing=training.packing))

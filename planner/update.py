@@ -13,7 +13,7 @@ from engine.schedule import Visit
 from engine.spec import Master, ScheduleSpec, TrainingSpec
 from engine.states import StateLayout, StateTensor
 from engine.transfer import WHOLE, BlockKey, ChunkStates, Lane, States
-from planner.memory import MemoryTrace
+from planner.memory import Known, MemoryTrace
 from planner.segments import CATEGORIES, EMBED, Block, StepTrace
 
 _GRADIENTS, _STATES = CATEGORIES.index("gradients"), CATEGORIES.index("optimizer_states")
@@ -30,6 +30,7 @@ def trace_update(
     comes: bool,
     leaves: bool,
     is_shared: bool = False,
+    known: Known | None = None,
 ) -> StepTrace:
     """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and ``optimizer``.
 
@@ -41,6 +42,7 @@ def trace_update(
         schedule: decides what is kept, how, and where.
         comes: the states come to the device with this update.
         leaves: they leave with it.
+        known: see :class:`planner.memory.MemoryTrace`.
         is_shared: buffers that the whole chunk's states pass through are there already.
     """
     leaf = torch.empty(numel, dtype=DTYPES[training.trained_precision], device="meta", requires_grad=True)
@@ -58,7 +60,7 @@ def trace_update(
     optimizer.begin(Visit(0, 0, 0, is_first=comes, is_last=leaves), 1e-3)
     _fill(states, StateLayout.of(training, schedule), numel, num_columns, on_device=not comes)
     passage = optimizer.passage([(0, piece)]) if is_shared else None
-    mode = MemoryTrace(device_kind)
+    mode = MemoryTrace(device_kind, known)
     for buffer, _ in passage.spare if passage else []:
         for tensor in buffer.values():
             mode.ignore(tensor)
