@@ -182,7 +182,7 @@ class MemoryTrace(TorchDispatchMode):
         self._live[key] = (block, weakref.ref(storage, self._forget(key)))
 
     def _outcome(self, func: Any, args: Any, kwargs: Any, out: Any) -> Outcome | None:
-        """None when the output is neither made of new tensors, each with a storage of its own, nor the first argument."""
+        """None when what is returned is neither new tensors, each with its own storage, nor the first argument."""
         work = None if func.overloadpacket in _NO_WORK else _work(func, args, kwargs, out)
         scratch = kernel_scratch_bytes(func, args, out, self._device_kind)
         if _kind(func) == _CHANGES:

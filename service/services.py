@@ -53,7 +53,9 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
     """
     clock = clock or SystemClock()
     database = Database(settings.database_url, settings.database_timeout_seconds)
-    own_planner = PlannerProcess(settings.plan_timeout_seconds, settings.plan_queue_seconds)
+    own_planner = PlannerProcess(
+        settings.plan_timeout_seconds, settings.plan_queue_seconds, settings.plan_memory_bytes, settings.plan_processes
+    )
     metrics = Metrics(database, clock)
     plans = PlanService(database, planner or own_planner, settings, clock, metrics)
     files = FileService(database, settings, clock)

@@ -92,6 +92,10 @@ class Settings(BaseSettings):
     """A plan that takes longer is abandoned and its worker process replaced."""
     plan_queue_seconds: Seconds = 60.0
     """How long a request waits for the planner before it is told to come back."""
+    plan_memory_bytes: Annotated[int, Field(ge=512 * MEBIBYTE)] = 4 * GIBIBYTE
+    """Data that one process of the planner may hold, torch's 350 MB among them."""
+    plan_processes: Annotated[int, Field(ge=1, le=64)] = Field(default_factory=lambda: min(os.cpu_count() or 1, 4))
+    """Plans that are computed at the same time; each process takes about 400 MB while it is warm."""
     max_plans_at_once: Positive = 8
     """Requests of all projects that may hold a thread for a plan; others wait without one."""
 

@@ -1,9 +1,11 @@
-"""The planner in a process of its own: warm, bounded in time, replaceable. The server itself never imports torch."""
+"""The planner in processes of its own: warm, bounded in time and memory. The server itself never imports torch."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -48,25 +50,30 @@ class _Worker:
 
 
 class PlannerProcess:
-    """Runs `planner.plan`, `planner.timeline` and exports in one spawned process, one request at a time.
+    """Runs `planner.plan`, `planner.timeline` and exports in spawned processes, one request at a time in each.
 
     Args:
         timeout_seconds: a request that takes longer is given up and its process killed.
         queue_seconds: how long a request waits for its turn.
+        memory_bytes: data that a process may hold; a request that needs more is given up with its process.
+        num_processes: started when they are needed; the one that worked last takes the next request.
     """
 
-    def __init__(self, timeout_seconds: float, queue_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(
+        self, timeout_seconds: float, queue_seconds: float, memory_bytes: int | None = None, num_processes: int = 1
+    ) -> None:
         self._queue_seconds = queue_seconds
-        self._turn = threading.Lock()
-        self._worker: _Worker | None = None
+        self._num_processes = num_processes
+        self._idle: queue.LifoQueue[_Lane] = queue.LifoQueue()
+        for _ in range(num_processes):
+            self._idle.put(_Lane(timeout_seconds, memory_bytes))
 
     def plan(self, request: PlanRequest) -> Plan:
         """See `planner.plan`.
 
         Raises:
             InputError: the planner refuses the request.
-            Unprocessable: it took too long.
+            Unprocessable: it took too long, or too much memory.
             Busy: others are waiting already.
         """
         return Plan.model_validate_json(self._call(_plan, request))
@@ -82,44 +89,63 @@ class PlannerProcess:
         return answer
 
     def close(self) -> None:
-        """Ends the worker process."""
-        with self._turn:
-            self._kill()
+        """Ends the worker processes."""
+        lanes = [self._idle.get() for _ in range(self._num_processes)]
+        for lane in lanes:
+            lane.kill()
+            self._idle.put(lane)
 
     def _call(self, function: Callable[[str], Answer], request: BaseModel) -> str | bytes:
-        if not self._turn.acquire(timeout=self._queue_seconds):
-            raise Busy("planner_busy", "other plans are being computed; try again soon", retry_after_seconds=10)
         try:
-            status, *rest = self._run(function, request.model_dump_json())
+            lane = self._idle.get(timeout=self._queue_seconds)
+        except queue.Empty as error:
+            message = "other plans are being computed; try again soon"
+            raise Busy("planner_busy", message, retry_after_seconds=10) from error
+        try:
+            status, *rest = lane.run(function, request.model_dump_json())
         finally:
-            self._turn.release()
+            self._idle.put(lane)
         if status == "input":
             raise InputError(str(rest[0]), str(rest[1]))
         return rest[0]
 
-    def _run(self, function: Callable[[str], Answer], request: str) -> Answer:
+
+class _Lane:
+    """One process, which may be dead or not started yet."""
+
+    def __init__(self, timeout_seconds: float, memory_bytes: int | None) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._memory_bytes = memory_bytes
+        self._worker: _Worker | None = None
+
+    def run(self, function: Callable[[str], Answer], request: str) -> Answer:
         """One try, and another in a fresh process if the first one's died: not every death is the request's fault."""
         try:
             return self._try(function, request)
         except BrokenProcessPool:
             log.warning("the planner's process died")
-            self._kill()
+            self.kill()
         try:
             return self._try(function, request)
         except BrokenProcessPool as error:
-            self._kill()
+            self.kill()
             raise Unprocessable("plan_failed", "the planner's process died on this request, twice") from error
 
     def _try(self, function: Callable[[str], Answer], request: str) -> Answer:
-        self._worker = self._worker or _start_worker()
+        self._worker = self._worker or _start_worker(self._memory_bytes)
         try:
-            return self._worker.pool.submit(function, request).result(timeout=self._timeout_seconds)
+            answer = self._worker.pool.submit(function, request).result(timeout=self._timeout_seconds)
         except TimeoutError as error:
-            self._kill()
+            self.kill()
             message = f"this plan takes longer than {self._timeout_seconds:g} seconds; ask for a smaller one"
             raise Unprocessable("plan_timeout", message) from error
+        if answer == _OUT_OF_MEMORY:
+            self.kill()
+            message = f"this plan takes more than {self._memory_bytes} bytes of memory; ask for a smaller one"
+            raise Unprocessable("plan_memory", message)
+        return answer
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """Ends the process at once, whatever it is doing."""
         worker, self._worker = self._worker, None
         if worker is not None:
@@ -132,8 +158,9 @@ _START_SECONDS = 60.0
 """For a new process to answer for the first time."""
 
 
-def _start_worker() -> _Worker:
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_initialise)
+def _start_worker(memory_bytes: int | None) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_initialise, initargs=(memory_bytes,))
     try:
         return _Worker(pool, pool.submit(os.getpid).result(timeout=_START_SECONDS))
     except TimeoutError as error:
@@ -142,11 +169,17 @@ def _start_worker() -> _Worker:
 
 
 Answer = tuple[str | bytes, ...]
-"""``("ok", json or file)`` or ``("input", field, message)``."""
+"""``("ok", json or file)``, ``("input", field, message)`` or that memory ran out."""
+
+_OUT_OF_MEMORY: Answer = ("memory",)
 
 
-def _initialise() -> None:
-    """In the new process: leave Ctrl-C to the server, and never outlive it."""
+def _initialise(memory_bytes: int | None) -> None:
+    """In the new process: take no more memory than allowed, leave Ctrl-C to the server, and never outlive it."""
+    if memory_bytes is not None:
+        # Data, not address space: torch maps gigabytes that it never touches.
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, most))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True, name="follow-parent").start()
 
@@ -179,5 +212,18 @@ def _export(form: Format, chunk_index: int | None, plan: str) -> Answer:
 def _answer(compute: Callable[[], str | bytes]) -> Answer:
     try:
         return "ok", compute()
-    except InputError as error:
-        return "input", error.field, error.message
+    except Exception as error:
+        if _ran_out_of_memory(error):
+            return _OUT_OF_MEMORY
+        if isinstance(error, InputError):
+            return "input", error.field, error.message
+        raise
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Also when a library has made another error of it, and the planner a refusal of that."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("bad_alloc", "allocate memory")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
