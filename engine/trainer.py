@@ -22,9 +22,10 @@ from engine.data import Batches, DatasetSplits, Example, collate, load_dataset
 from engine.divergence import MARGIN, PATIENCE, LossWatch
 from engine.export import ModelCard, base_license, export_model
 from engine.files import sha256_text
+from engine.heap import trim_heap
 from engine.lora import add_adapters, merge_adapters
 from engine.models import check_model_folder, load_model, load_tokenizer, pad_token_id
-from engine.profiler import Sample, profiler_for, trim_host_memory
+from engine.profiler import Sample, process_peak_bytes, profiler_for
 from engine.scaling import MAX_SKIPPED_IN_ROW
 from engine.schedule import expected_updates, few_updates_warning, learning_rate
 from engine.spec import RunSpec, ScheduleSpec
@@ -101,14 +102,14 @@ class Trainer:
             if stopping or (step % self._checkpoint_every == 0 and step < self.total_steps):
                 self._save()
             if stopping:
-                self.report("finished", step=step, reason="stopped")
+                self.report("finished", step=step, reason="stopped", process_peak_bytes=process_peak_bytes())
                 return "stopped"
         self.tuner.close()
         self._evaluate(self.total_steps)
         self._report_coverage()
         self._export()
         remove_store(self._tokens_dir)
-        self.report("finished", step=self.total_steps, reason="completed")
+        self.report("finished", step=self.total_steps, reason="completed", process_peak_bytes=process_peak_bytes())
         return "completed"
 
     @property
@@ -140,7 +141,7 @@ class Trainer:
         self.loss_watch = LossWatch(getattr(self.model.config.get_text_config(), "vocab_size", 2**20))
         self.load_samples = self.profiler.samples
         self.prepare_batch = BatchPreparation(self.model, self.tokenizer, training.seq_len, training.seed)
-        trim_host_memory()
+        trim_heap()
         self.base_digests = parameter_digests(self.model)
         with self.profiler.step():  # what the tuner keeps on the device belongs to the record
             self.tuner = ChunkFT.of(
@@ -200,7 +201,7 @@ class Trainer:
                 raise Diverged(f"gradient norm is {norm} at {place}; {self._advice()}")
             num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
             del micro_batches, batch  # freed within the window of the record
-        trim_host_memory()
+        trim_heap()
         seconds = time.perf_counter() - begin
         self.training_seconds += seconds
         samples, self.load_samples = [*self.load_samples, *self.profiler.samples], []

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from engine.errors import InputError
+from engine.heap import run_with_steady_heap
 from engine.spec import RunSpec, parse
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_DEVICE_BUSY = 0, 1, 75, 76
@@ -118,6 +119,7 @@ def failure_reason(error: Exception) -> str:
 
 def main() -> int:
     """Entry point of the subprocess."""
+    run_with_steady_heap()
     parser = argparse.ArgumentParser(prog="python -m engine.worker", description="Run one training attempt.")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
     parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")

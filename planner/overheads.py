@@ -24,21 +24,29 @@ ONEDNN_TRANSPOSED_BYTES = 914
 ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
 """Where that stops to grow. Measured at inner dimensions 1024 and 2048."""
 
-HOST_DATA_BYTES = 100 * MIB
-"""Tokenizer, data set and profiler of a run. Measured: resident set between the steps of two CPU runs, 81 and 98 MB."""
-HEAP_SLACK = 2.0
-"""Holes in the C library's heap within a step, per byte that the step adds to the weights. Measured: 1.7 and 1.8."""
+HOST_DATA_BYTES = 56 * MIB
+"""Tokenizer, data set and profiler of a run. Measured: resident set between the steps of CPU runs, fp32, 55 MiB."""
+ONEDNN_CODE_BYTES = 23 * MIB
+"""What oneDNN's kernels for 16-bit products add to it on the CPU. Measured: 23 MiB in runs of two sizes."""
+HEAP_SLACK = 0.38
+"""Holes in the steady heap (engine.heap) within a step, per byte that the step adds to the weights. Measured: 0.35,
+0.38 and 0.40 in runs of three sizes, glibc 2.36."""
 FILE_ITEMSIZE = 2
 """Bytes per parameter of the weights' file, whose pages are resident while they are read; nearly all are bf16."""
 
 
 def cpu_process_bytes(
-    runtime_bytes: int, num_parameters: int, weights_bytes: int, allocated_bytes: int, kept_bytes: int
+    runtime_bytes: int, num_parameters: int, weights_bytes: int, allocated_bytes: int, kept_bytes: int, itemsize: int
 ) -> int:
-    """Highest resident set of a run on the CPU: while it loads (file, converted weights, own copy) or in a step."""
+    """Highest resident set of a run on the CPU: while it loads, in a step, or while it writes the trained model.
+
+    Loading holds the file's pages, converted weights and the engine's own copy; writing a second copy of the weights.
+    """
     loading = 2 * weights_bytes + FILE_ITEMSIZE * num_parameters
     stepping = allocated_bytes + kept_bytes + int(HEAP_SLACK * (allocated_bytes - weights_bytes))
-    return runtime_bytes + HOST_DATA_BYTES + max(loading, stepping)
+    writing = 2 * weights_bytes + kept_bytes
+    code = ONEDNN_CODE_BYTES if itemsize < 4 else 0
+    return runtime_bytes + HOST_DATA_BYTES + max(loading, code + stepping, code + writing)
 
 
 def host_threads() -> int:
@@ -133,33 +141,22 @@ _RUNTIME_CUDA = _Row(
 )
 
 
-def overheads(gpu: GpuSpec, cuda_version: str = DEFAULT_CUDA_VERSION) -> Overheads:
-    """The constants for a device; an unknown compute capability gets the table's largest values."""
+def overheads(gpu: GpuSpec) -> Overheads:
+    """The constants for a device: what the spec gives, else the table's row for its generation and CUDA version.
+
+    An unknown compute capability gets the table's largest values.
+    """
+    version = gpu.cuda_version or DEFAULT_CUDA_VERSION
+    tables = {"context_bytes": _CONTEXT, "workspace_bytes": _WORKSPACE, "driver_reserved_bytes": _DRIVER}
     if gpu.kind == "cpu":
-        return Overheads(
-            context_bytes=0,
-            workspace_bytes=0,
-            num_workspaces=0,
-            runtime_bytes=_bytes(_RUNTIME_CPU),
-            driver_reserved_bytes=0,
-            sources={"runtime_bytes": _RUNTIME_CPU.source},
-        )
-    context = _pick(_CONTEXT, gpu, cuda_version)
-    if gpu.context_bytes is not None:
-        context = _Row(None, gpu.context_bytes / MIB, "given with the GPU")
-    workspace, driver = _pick(_WORKSPACE, gpu, cuda_version), _pick(_DRIVER, gpu, cuda_version)
+        rows = {name: _Row(None, 0, "the CPU has none") for name in tables} | {"runtime_bytes": _RUNTIME_CPU}
+    else:
+        rows = {name: _pick(table, gpu, version) for name, table in tables.items()} | {"runtime_bytes": _RUNTIME_CUDA}
+    given = {name: getattr(gpu, name) for name in rows}
     return Overheads(
-        context_bytes=_bytes(context),
-        workspace_bytes=_bytes(workspace),
-        num_workspaces=NUM_CUBLAS_WORKSPACES,
-        runtime_bytes=_bytes(_RUNTIME_CUDA),
-        driver_reserved_bytes=_bytes(driver),
-        sources={
-            "context_bytes": context.source,
-            "workspace_bytes": workspace.source,
-            "runtime_bytes": _RUNTIME_CUDA.source,
-            "driver_reserved_bytes": driver.source,
-        },
+        num_workspaces=0 if gpu.kind == "cpu" else NUM_CUBLAS_WORKSPACES,
+        sources={name: row.source if given[name] is None else "given with the GPU" for name, row in rows.items()},
+        **{name: _bytes(row) if given[name] is None else given[name] for name, row in rows.items()},
     )
 
 

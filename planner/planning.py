@@ -11,6 +11,7 @@ from engine.errors import InputError
 from engine.schedule import Schedule
 from engine.spec import ScheduleSpec, TrainingSpec
 from planner.cache import TraceStore, code_digest
+from planner.calibration import Margin, calibration
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
 from planner.overheads import HOST_DATA_BYTES, PEFT_BYTES, Overheads, cpu_process_bytes, overheads
@@ -19,13 +20,7 @@ from planner.segments import CATEGORIES
 from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
 
 PLANNER_VERSION = "1"
-_MIB = 2**20
 MAX_MICRO_BATCH_TOKENS = 2**20
-CUDA_MARGIN = 0.03
-"""Share of all but the weights that a bound on CUDA adds: kernels' scratch is tabulated, not measured per device."""
-CUDA_MARGIN_BYTES = 96 * _MIB
-CPU_MARGIN = 0.02
-CPU_MARGIN_BYTES = 8 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,9 @@ class Planner:
         _check_work(request.training)
         self.request = request
         self.model: ModelEntry = find_model(request.model)
-        self.gpu: GpuSpec = find_gpu(request.gpu)
+        found = find_gpu(request.gpu)
+        self.margin: Margin = calibration().margin(found)
+        self.gpu: GpuSpec = self.margin.timed(found)
         self.overheads: Overheads = overheads(self.gpu)
         usable = self.gpu.memory_bytes - self.overheads.driver_reserved_bytes
         self.capacity_bytes = min(usable, request.memory_limit_bytes or usable)
@@ -92,7 +89,12 @@ class Planner:
             reserved = allocated
             structure = footprints.structure
             device = host = cpu_process_bytes(
-                runtime, structure.num_parameters, structure.parameter_bytes, allocated, slabs
+                runtime,
+                structure.num_parameters,
+                structure.parameter_bytes,
+                allocated,
+                slabs,
+                footprints.training.compute_precision.itemsize,
             )
         else:
             reserved = max(reserved_bytes(footprints, chunks, schedule, extra), allocated)
@@ -102,25 +104,19 @@ class Planner:
             reserved_bytes=reserved,
             device_bytes=device,
             host_bytes=host,
-            upper_bytes=device + self._margin(device, footprints.structure.parameter_bytes),
+            upper_bytes=self.margin.bound(device, footprints.structure.parameter_bytes),
             phase=moment.phase,
             chunk_index=highest.chunk.index,
             breakdown=breakdown,
         )
 
-    def _margin(self, device_bytes: int, weights_bytes: int) -> int:
-        uncertain = device_bytes - weights_bytes
-        if self.gpu.kind == "cpu":
-            return int(uncertain * CPU_MARGIN) + CPU_MARGIN_BYTES
-        return int(uncertain * CUDA_MARGIN) + CUDA_MARGIN_BYTES
-
     def floor_bytes(self, training: TrainingSpec) -> int:
         """Device bytes that no schedule goes below: weights, libraries, context, and the bound's fixed part."""
         structure, extra = self.footprints(training).structure, self.overheads
         if self.gpu.kind == "cpu":
-            return structure.parameter_bytes + extra.runtime_bytes + HOST_DATA_BYTES + CPU_MARGIN_BYTES
+            return structure.parameter_bytes + extra.runtime_bytes + HOST_DATA_BYTES + self.margin.fixed_bytes
         workspaces = extra.workspace_bytes * extra.num_workspaces
-        return structure.parameter_bytes + workspaces + extra.context_bytes + CUDA_MARGIN_BYTES
+        return structure.parameter_bytes + workspaces + extra.context_bytes + self.margin.fixed_bytes
 
 
 def _check_work(training: TrainingSpec) -> None:
@@ -143,6 +139,7 @@ def plan(request: PlanRequest) -> Plan:
     return Plan(
         id=plan_id(request, planner),
         planner_version=PLANNER_VERSION,
+        calibration=planner.margin.version,
         request=request,
         fits=chosen.fits,
         capacity_bytes=planner.capacity_bytes,
@@ -174,9 +171,11 @@ def timeline(request: PlanRequest) -> Timeline:
 
 
 def plan_id(request: PlanRequest, planner: Planner) -> str:
-    """Content address: request, device, model and planner decide it."""
+    """Content address: request, device, model, calibration and planner decide it."""
     asked = request.model_dump(mode="json")
-    content = [asked, planner.gpu.model_dump(mode="json"), planner.model.config, PLANNER_VERSION, code_digest()]
+    device = planner.gpu.model_dump(mode="json")
+    versions = [PLANNER_VERSION, planner.margin.version, code_digest()]
+    content = [asked, device, planner.model.config, *versions]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return f"plan_{digest[:24]}"
 

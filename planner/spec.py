@@ -30,7 +30,15 @@ class GpuSpec(SpecModel):
     link_bandwidth: Annotated[float, Field(gt=0)] = 1.6e10
     """Host to device, bytes per second, one direction, achievable."""
     context_bytes: Annotated[int, Field(ge=0)] | None = None
-    """CUDA context and loaded libraries; None takes the planner's table."""
+    """CUDA context and loaded libraries; None takes the planner's table (planner.overheads), here and below."""
+    workspace_bytes: Annotated[int, Field(ge=0)] | None = None
+    """One matrix-multiplication workspace of cuBLAS."""
+    driver_reserved_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Part of ``memory_bytes`` that no process gets."""
+    runtime_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Host memory of the process before any model."""
+    cuda_version: Annotated[str, Field(pattern=r"^\d{1,3}\.\d{1,3}$")] | None = None
+    """Of the process's libraries; decides the context's size. None: that of PyPI's torch wheels."""
     power_watts: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Highest sustained power of the board (Apple: of the machine); energy is estimated with it."""
     price_usd: Annotated[float, Field(ge=0, le=1e9)] | None = None
@@ -142,6 +150,8 @@ class Plan(Result):
 
     id: str
     planner_version: str
+    calibration: str | None = None
+    """Version of the observations behind ``upper_bytes`` and the times; None in plans of earlier versions."""
     request: PlanRequest
     fits: bool
     capacity_bytes: int

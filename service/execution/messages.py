@@ -100,6 +100,7 @@ class Finished(Message):
     type: Literal["finished"]
     step: Count
     reason: Literal["completed", "stopped"]
+    process_peak_bytes: Bytes | None = None
 
 
 class Failed(Message):

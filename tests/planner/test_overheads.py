@@ -30,16 +30,20 @@ def test_cublas_workspaces_follow_the_architecture(gpu, workspace_bytes):
 
 def test_the_context_depends_on_the_cuda_version():
     gpu = find_gpu("rtx-3090")
-    assert overheads(gpu, cuda_version="12.8").context_bytes == 256 * MIB
-    assert overheads(gpu, cuda_version="13.0").context_bytes > 256 * MIB
+    assert overheads(gpu.model_copy(update={"cuda_version": "12.8"})).context_bytes == 256 * MIB
+    assert overheads(gpu.model_copy(update={"cuda_version": "13.0"})).context_bytes > 256 * MIB
+    assert overheads(gpu) == overheads(gpu.model_copy(update={"cuda_version": "13.0"}))
     assert overheads(find_gpu("rtx-4090")).context_bytes == 426 * MIB
 
 
-def test_a_context_given_with_the_gpu_wins():
-    gpu = find_gpu("rtx-4090").model_copy(update={"context_bytes": 123_456_789})
-    found = overheads(gpu)
-    assert found.context_bytes == 123_456_789
-    assert found.sources["context_bytes"] == "given with the GPU"
+@pytest.mark.parametrize("name", ["context_bytes", "workspace_bytes", "driver_reserved_bytes", "runtime_bytes"])
+@pytest.mark.parametrize("gpu", ["rtx-4090", "cpu"])
+def test_what_is_given_with_the_gpu_wins(gpu, name):
+    table = overheads(find_gpu(gpu))
+    found = overheads(find_gpu(gpu).model_copy(update={name: 123_456_789}))
+    assert getattr(found, name) == 123_456_789 != getattr(table, name)
+    assert [field for field, source in found.sources.items() if source == "given with the GPU"] == [name]
+    assert all(getattr(found, other) == getattr(table, other) for other in table.sources if other != name)
 
 
 def test_what_the_driver_keeps_matches_the_capacity_that_torch_reports():
@@ -56,7 +60,7 @@ def test_every_catalog_gpu_has_own_rows_with_sources():
         assert 200 * MIB <= found.context_bytes <= 1024 * MIB
         for field in ("context_bytes", "workspace_bytes", "runtime_bytes", "driver_reserved_bytes"):
             assert found.sources[field]
-            assert "largest" not in found.sources[field] or gpu.kind == "rocm"
+            assert "largest" not in found.sources[field] or gpu.kind != "cuda"
 
 
 def test_an_unknown_gpu_gets_cautious_values():
