@@ -1,9 +1,9 @@
 """How a trainer's process uses the C library's heap (glibc): steadily, so that its resident memory can be planned.
 
 glibc moves its thresholds while a program runs, and keeps slivers between large blocks in per-thread caches, where they
-stay between the blocks that were freed around them. Without those caches, and with constant thresholds, a model of 40 M
-parameters took 971 MB instead of 1025 MB, at no cost in time (measured, glibc 2.36). Blocks of 32 MiB or more are mapped
-one by one; smaller ones share a heap that is trimmed after every update and at no other time. Imports no torch.
+stay between the blocks that were freed around them. Without those caches, and with constant thresholds, a model of
+40 M parameters took 971 MB instead of 1025 MB, at no cost in time (measured, glibc 2.36). Blocks of 32 MiB or more are
+mapped one by one; smaller ones share a heap that is trimmed after every update and at no other time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_with_steady_heap() -> None:
     names = {setting.partition("=")[0] for setting in _SETTINGS}
     others = [setting for setting in given if setting.partition("=")[0] not in names]
     os.environ[_VARIABLE] = ":".join([*others, *_SETTINGS])
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself, and there is no shell
 
 
 def trim_heap() -> None:

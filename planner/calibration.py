@@ -2,8 +2,8 @@
 
 A calibration is a file of observations, each a finished run beside its plan. What the planner takes from it is
 computed when it is read, so that the data stay beside the figures that come from them. The file is
-``CHUNKPLAN_CALIBRATION``, by default ``calibration.json`` beside the traces; ``chunkplan profiles calibrate`` writes it.
-Without a file, or for devices that it does not name, the observations that come with the planner hold
+``CHUNKPLAN_CALIBRATION``, by default ``calibration.json`` beside the traces; ``chunkplan profiles calibrate`` writes
+it. Without a file, or for devices that it does not name, the observations that come with the planner hold
 (``calibration.json`` in this package, from ``benchmarks.planner_accuracy``), and without any of those
 :data:`DEFAULTS`. Imports no torch.
 """
