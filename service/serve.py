@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from engine.errors import InputError
 from service.app import create_app
 from service.db import upgrade
 from service.errors import field_errors
@@ -65,6 +66,9 @@ def main() -> int:
     except ValidationError as error:
         for field, message in field_errors(error.errors()):
             print(f"CHUNKPLAN_{field.upper()}: {message}", file=sys.stderr)
+        return 2
+    except InputError as error:
+        print(f"CHUNKPLAN_{error.field.upper()}: {error.message}", file=sys.stderr)
         return 2
     try:
         serve(settings)

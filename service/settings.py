@@ -15,6 +15,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from engine.errors import InputError
+
 MEBIBYTE = 1 << 20
 GIBIBYTE = 1 << 30
 
@@ -167,6 +169,16 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments win over the environment, the environment over the file."""
-        file: dict[str, Any] = {"toml_file": os.environ.get("CHUNKPLAN_SETTINGS_FILE")}
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, **file)
+        """Arguments win over the environment, the environment over the file.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        given = os.environ.get("CHUNKPLAN_SETTINGS_FILE")
+        if not given:
+            return init_settings, env_settings
+        try:
+            Path(given).read_bytes()
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(given))
+        except (OSError, ValueError) as error:
+            raise InputError("settings_file", f"cannot read {given}: {error}") from error

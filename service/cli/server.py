@@ -47,9 +47,22 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; by default 8321.")] = None,
     database_url: DatabaseOption = None,
     data_dir: DataDirOption = None,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print every setting that is in force, as a settings file; do no more."),
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run the service until Ctrl-C. Every setting can also come from CHUNKPLAN_* variables."""
+    """Run the service until Ctrl-C. Settings come from options, CHUNKPLAN_* variables and CHUNKPLAN_SETTINGS_FILE."""
     settings = settings_with(host=host, port=port, database_url=database_url, data_dir=data_dir)
+    if print_config:
+        from service.settings_text import as_toml, shown
+
+        if as_json:
+            print_json(shown(settings))
+        else:
+            print(as_toml(settings), end="")
+        return
     from service.serve import OpenDoor
     from service.serve import serve as run
 

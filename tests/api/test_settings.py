@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from service.serve import main
 from service.settings import Settings
+from service.settings_text import as_toml
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +34,40 @@ def test_the_environment_wins_over_the_file(monkeypatch, tmp_path):
     settings = Settings()
     assert settings.port == 9001
     assert [str(root) for root in settings.model_roots] == ["/models"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "CHUNKPLAN_SETTINGS_FILE: cannot read "),
+        ("port =", "CHUNKPLAN_SETTINGS_FILE: cannot read "),
+        ("prot = 9000", "CHUNKPLAN_PROT: "),
+        ("[quota]\nmax_jobs = 1", "CHUNKPLAN_QUOTA.MAX_JOBS: "),
+    ],
+)
+def test_a_settings_file_that_is_wrong_is_refused(monkeypatch, tmp_path, capsys, content, message):
+    file = tmp_path / "chunkplan.toml"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("CHUNKPLAN_SETTINGS_FILE", str(file))
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_is_printed_is_what_is_in_force(monkeypatch, tmp_path):
+    monkeypatch.setenv("CHUNKPLAN_PROJECT_QUOTAS", '{"vision.team": {"max_streams": 3}}')
+    monkeypatch.setenv("CHUNKPLAN_ALLOWED_HOSTS", '["gpu-box"]')
+    monkeypatch.setenv("CHUNKPLAN_DATA_DIR", str(tmp_path / 'wei"rd é'))
+    settings = Settings(port=9000)
+    for name in ("PROJECT_QUOTAS", "ALLOWED_HOSTS", "DATA_DIR"):
+        monkeypatch.delenv(f"CHUNKPLAN_{name}")
+    file = tmp_path / "printed.toml"
+    file.write_text(as_toml(settings))
+    monkeypatch.setenv("CHUNKPLAN_SETTINGS_FILE", str(file))
+    assert Settings() == settings
+    secret = as_toml(Settings(database_url="postgresql://me:hush@db/chunkplan"))
+    assert 'database_url = "postgresql://me:***@db/chunkplan"' in secret
+    assert "hush" not in secret
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
