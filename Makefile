@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test serve bench lint
+.PHONY: help install run test serve bench lint audit
 
 help:
 	@echo "make run      plan, fine-tune and profile a real model, end to end"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve    keep the service running"
 	@echo "make bench    the benchmarks"
 	@echo "make lint     formatting, lint, types, import layers"
+	@echo "make audit    known vulnerabilities of what constraints.txt pins"
 	@echo "make install  only set up $(VENV)"
 
 install: $(STAMP)
@@ -45,3 +46,8 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+
+# Strict: what could not be looked up fails, so that silence means that every package was.
+audit: $(STAMP)
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip --disable-pip-version-check --quiet install pip-audit==2.10.1; }
+	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
