@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import structlog
@@ -17,11 +18,12 @@ from service.catalog import endpoints as catalog
 from service.clock import Clock
 from service.dashboard import endpoints as dashboard
 from service.db import upgrade
-from service.errors import MEDIA_TYPE, ProblemView
+from service.errors import ProblemView
 from service.files import endpoints as files
 from service.jobs import endpoints as jobs
 from service.jobs import stream
 from service.middleware import BodyLimit, RequestContext
+from service.openapi import describe
 from service.operation import endpoints as operation
 from service.plans import endpoints as plans
 from service.plans.worker import Planner
@@ -52,11 +54,12 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
         version=_version(),
         summary="Which full-parameter fine-tuning run fits this model on this GPU, how fast, and with what memory.",
         lifespan=_lifespan,
-        responses={"default": {"model": ProblemView, "content": {MEDIA_TYPE: {}}}},
+        responses={"default": {"model": ProblemView}},
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.services = services
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     errors.install(app)
     for router in (
         catalog.router,
@@ -69,6 +72,7 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
     ):
         app.include_router(router, dependencies=[_DOCUMENTED_KEY])
     app.include_router(operation.router)
+    app.include_router(operation.scraped, dependencies=[_DOCUMENTED_KEY])
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,

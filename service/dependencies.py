@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
@@ -103,3 +103,9 @@ PlanTurn = Depends(_plan_turn, scope="function")
 """For routes that may compute a plan."""
 StreamTurn = Depends(_stream_turn, scope="request")
 """For routes that answer for as long as the client listens."""
+
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+    206: {"description": "The range that was asked for"},
+}
+"""Responses of routes that send a file."""

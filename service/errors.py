@@ -213,9 +213,10 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Every method that the API documents for the request's path."""
-    documented = request.app.openapi()["paths"]
-    matching = [methods for path, methods in documented.items() if compile_path(path)[0].match(request.url.path)]
+    """Every method that the API documents for the request's path; a path without parameters comes first."""
+    documented, path = request.app.openapi()["paths"], request.url.path
+    matching = [methods for pattern, methods in documented.items() if compile_path(pattern)[0].match(path)]
+    matching = [documented[path]] if path in documented else matching
     return sorted({method.upper() for methods in matching for method in methods})
 
 

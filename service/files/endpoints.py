@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, File, Form, UploadFile
 from starlette.responses import FileResponse
 
-from service.dependencies import CallerDep, FilesDep, ReadSession
+from service.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
 from service.errors import NotFound
 from service.files.repository import FileRepository
 from service.files.schemas import FileDeleted, FileView
@@ -40,7 +40,7 @@ def show_file(file_id: str, session: ReadSession) -> FileView:
     return FileView.of(FileRepository(session).get(file_id))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get("/{file_id}/content", response_class=FileResponse, responses=CONTENT)
 def download_file(file_id: str, session: ReadSession, files: FilesDep) -> FileResponse:
     """The content of a file."""
     row = FileRepository(session).get(file_id)

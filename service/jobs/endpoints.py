@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Body, Header, Query
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from engine.spec import JobRequest
 from service.db.tables import JobRow
-from service.dependencies import CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, WriteSession
+from service.dependencies import CONTENT, CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, WriteSession
+from service.examples import JOB
 from service.jobs.artifacts import artifact_file
 from service.jobs.idempotency import HEADER
 from service.jobs.repository import JobRepository
@@ -30,7 +31,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 @router.post("", response_model=JobView, status_code=201, responses={200: {"model": DryRun}}, dependencies=[PlanTurn])
 def submit_job(
-    request: JobRequest,
+    request: Annotated[JobRequest, Body(examples=[JOB])],
     jobs: JobsDep,
     caller: CallerDep,
     dry_run: Annotated[bool, Query(description="check, plan and admit; store no job")] = False,
@@ -123,7 +124,7 @@ def list_artifacts(job_id: str, session: ReadSession) -> Page[ArtifactView]:
     return Page.of([ArtifactView.of(row) for row in jobs.artifacts(jobs.get(job_id).id)])
 
 
-@router.get("/{job_id}/artifacts/{name:path}", response_class=FileResponse)
+@router.get("/{job_id}/artifacts/{name:path}", response_class=FileResponse, responses=CONTENT)
 def download_artifact(job_id: str, name: str, session: ReadSession, services: ServicesDep) -> FileResponse:
     """The content of an artifact; ranges are honoured."""
     jobs = JobRepository(session)

@@ -16,6 +16,8 @@ from service.errors import Busy
 from service.services import Services
 
 router = APIRouter(tags=["operation"])
+"""Open to all."""
+scraped = APIRouter(tags=["operation"])
 
 
 class Health(BaseModel):
@@ -39,7 +41,12 @@ def readyz(services: ServicesDep) -> Health:
     return Health()
 
 
-@router.get("/metrics", response_class=Response, dependencies=[AdminOnly])
+@scraped.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
+    dependencies=[AdminOnly],
+)
 def metrics(services: ServicesDep) -> Response:
     """Prometheus metrics, of every project together; needs the scope admin."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Body, Header, Query
 from starlette.responses import JSONResponse, Response
 
 from planner.exports import Format
 from planner.spec import Plan, PlanRequest, Timeline
 from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession
+from service.examples import COMPARISON, PLAN
 from service.paging import OptionalText, Page, WindowDep
 from service.plans.repository import PlanRepository
 from service.plans.schemas import CompareRequest, Comparison, PlanSummary
@@ -28,7 +29,7 @@ _FILES: dict[str, Any] = {media_type: {} for media_type, _ in _FILE_TYPES.values
 
 
 @router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}}, dependencies=[PlanTurn])
-def create_plan(request: PlanRequest, plans: PlansDep, caller: CallerDep) -> Response:
+def create_plan(request: Annotated[PlanRequest, Body(examples=[PLAN])], plans: PlansDep, caller: CallerDep) -> Response:
     """Plan a run without running it: 201 with the plan, 200 when the same request was planned before."""
     use, is_new = plans.plan(caller.project, request)
     row = use.plan
@@ -46,12 +47,14 @@ def list_plans(
 
 
 @router.post("/compare", dependencies=[PlanTurn])
-def compare_plans(request: CompareRequest, plans: PlansDep, caller: CallerDep) -> Page[Comparison]:
+def compare_plans(
+    request: Annotated[CompareRequest, Body(examples=[COMPARISON])], plans: PlansDep, caller: CallerDep
+) -> Page[Comparison]:
     """One model against several devices and methods: a plan for each pair."""
     return Page.of([Comparison.of(use) for use in plans.compare(caller.project, request)])
 
 
-@router.get("/{plan_id}", response_model=Plan)
+@router.get("/{plan_id}", response_model=Plan, responses={304: {"description": "Unchanged"}})
 def show_plan(plan_id: str, session: ReadSession, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """One plan. Plans never change: the ETag is the id."""
     row = PlanRepository(session).get(plan_id)
@@ -62,7 +65,10 @@ def show_plan(plan_id: str, session: ReadSession, if_none_match: Annotated[str |
 
 
 @router.get(
-    "/{plan_id}/timeline", response_model=Timeline, responses={200: {"content": _FILES}}, dependencies=[PlanTurn]
+    "/{plan_id}/timeline",
+    response_model=Timeline,
+    responses={200: {"content": _FILES}, 409: {}},
+    dependencies=[PlanTurn],
 )
 def show_timeline(
     plan_id: str,
