@@ -1,4 +1,4 @@
-"""From traced blocks to the footprint of a whole step: repeats the layers that stand for many, and sums up. Pure.
+"""From traced blocks to the events of a whole step: repeats the layers that stand for many. Pure.
 
 A repeated layer refers to its neighbours' memory (it frees its predecessor's output, say). In the trace such a
 reference names a block by the segment it was born in and its number there; here the same number is looked up in the
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.segments import CATEGORIES, HEAD, Block, LayerRun, Segment, StepTrace
+from planner.segments import HEAD, Block, LayerRun, Segment, StepTrace
 
 
 class CompositionError(RuntimeError):
@@ -51,13 +51,13 @@ def compose(
         CompositionError: a reference between layers cannot be resolved.
     """
     layers = _Layers.of(runs)
-    born = _births(trace)
+    born = births(trace)
     blocks = [_scaled(block, trace, slice_numels, itemsize) for block in trace.blocks]
     numbers: dict[tuple[str, int, int], int] = {}
     sizes: dict[int, tuple[int, int]] = {}
     composed = []
     for segment, here in _copies(trace.segments, layers):
-        shared = _freed_everywhere(segment, born, layers)
+        shared = freed_everywhere(segment, born)
         events: list[tuple[int, int, int]] = []
         for event in segment.events:
             if event >= 0:
@@ -100,7 +100,7 @@ class _Layers:
         return _Layers(real)
 
 
-def _births(trace: StepTrace) -> list[tuple[str, int, int]]:
+def births(trace: StepTrace) -> list[tuple[str, int, int]]:
     """(phase, place, number within the segment) of every block."""
     born: list[tuple[str, int, int]] = [("", 0, 0)] * len(trace.blocks)
     for segment in trace.segments:
@@ -135,18 +135,18 @@ def _targets(
     return [layers.real[born_place][-1 if segment.place == HEAD else 0]]
 
 
-def _freed_everywhere(
-    segment: Segment, born: Sequence[tuple[str, int, int]], layers: _Layers
-) -> set[tuple[str, int, int]]:
-    """Births in repeated layers whose like this segment frees in both traced neighbours too: so in every copy."""
+def freed_everywhere(segment: Segment, born: Sequence[tuple[str, int, int]]) -> set[tuple[str, int, int]]:
+    """Births in layers whose like this segment, outside the layers, frees in both traced neighbours too.
+
+    Where such a layer is repeated, the segment frees that memory of every copy.
+    """
     if segment.place >= 0:
         return set()
     freed = {born[-1 - event] for event in segment.events if event < 0}
     return {
         (phase, place, ordinal)
         for phase, place, ordinal in freed
-        if place >= 0 and len(layers.real[place]) > 1
-        and (phase, place - 1, ordinal) in freed and (phase, place + 1, ordinal) in freed
+        if place >= 0 and (phase, place - 1, ordinal) in freed and (phase, place + 1, ordinal) in freed
     }  # fmt: skip
 
 
@@ -157,86 +157,3 @@ def _scaled(block: Block, trace: StepTrace, slice_numels: Sequence[int], itemsiz
         return block
     difference = slice_numels[ordinal] - trace.slice_numels[ordinal]
     return Block(block.size_bytes + difference * itemsize, block.category, ordinal)
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentSummary:
-    """What a traced segment and its copies do to the footprint, by category, without replaying each copy."""
-
-    phase: str
-    place: int
-    """First real layer in the order of time, or a place outside the layers."""
-    num_copies: int
-    net: tuple[int, ...]
-    """Change of all copies together."""
-    peak: tuple[int, ...]
-    """Live bytes at the highest moment, relative to the beginning of the first copy."""
-    work: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SliceUpdate:
-    """The update of a slice that happens within the step, just before its gradient is freed; bytes by category."""
-
-    peak: tuple[int, ...]
-    """Highest moment, relative to the beginning of the update."""
-    net: tuple[int, ...]
-    """What is left afterwards, the gradient aside."""
-
-
-def summarise(
-    trace: StepTrace,
-    runs: Sequence[LayerRun],
-    slice_numels: Sequence[int],
-    itemsize: int,
-    granularity: int,
-    updates: Sequence[SliceUpdate] = (),
-) -> list[SegmentSummary]:
-    """The step's segments in order of time; copies of a repeated layer are one entry.
-
-    Args:
-        trace: as for :func:`compose`, like the next three.
-        runs: the layers of the whole model.
-        slice_numels: elements of the chunk's slices, as for :func:`compose`.
-        itemsize: bytes per element of a gradient.
-        granularity: every block is rounded up to a multiple of this many bytes (512 on CUDA, 1 on the CPU).
-        updates: of the same slices, where they are updated in backward.
-    """
-    layers = _Layers.of(runs)
-    born = _births(trace)
-    blocks = [_rounded(_scaled(block, trace, slice_numels, itemsize), granularity) for block in trace.blocks]
-    summaries = []
-    for segment in trace.segments:
-        shared = _freed_everywhere(segment, born, layers)
-        num_copies = len(layers.real[segment.place]) if segment.place >= 0 else 1
-        live, total, highest, peak = [0] * len(CATEGORIES), 0, 0, (0,) * len(CATEGORIES)
-        for event in segment.events:
-            block = blocks[event if event >= 0 else -1 - event]
-            size_bytes = block.size_bytes if event >= 0 else -block.size_bytes
-            if event < 0 and born[-1 - event] in shared:
-                size_bytes *= len(layers.real[born[-1 - event][1]])
-            if updates and event < 0 and block.slice_ordinal >= 0:
-                update = updates[block.slice_ordinal]
-                if total + sum(update.peak) > highest:
-                    highest = total + sum(update.peak)
-                    peak = tuple(a + b for a, b in zip(live, update.peak, strict=True))
-                live = [a + b for a, b in zip(live, update.net, strict=True)]
-                total += sum(update.net)
-            live[block.category] += size_bytes
-            total += size_bytes
-            if total > highest:
-                highest, peak = total, tuple(live)
-        if total > 0 and num_copies > 1:
-            peak = tuple(high + (num_copies - 1) * change for high, change in zip(peak, live, strict=True))
-        place = segment.place
-        if place >= 0:
-            place = layers.real[place][0 if segment.phase == "forward" else -1]
-        net = tuple(change * num_copies for change in live)
-        summaries.append(SegmentSummary(segment.phase, place, num_copies, net, peak, segment.work))
-    return summaries
-
-
-def _rounded(block: Block, granularity: int) -> Block:
-    if granularity == 1:
-        return block
-    return Block(-(-block.size_bytes // granularity) * granularity, block.category, block.slice_ordinal)

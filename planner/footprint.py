@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.chunks import Chunk, Slice, partition
 from engine.errors import InputError
 from engine.spec import ScheduleSpec, TrainingSpec
-from engine.states import StateLayout, largest_tensors
+from engine.states import StateLayout, StateTensor, largest_tensors
 from planner.cache import TraceStore
-from planner.compose import SegmentSummary, SliceUpdate, summarise
+from planner.fold import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, SliceUpdate, added, fold, rounded
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from planner.spec import GpuSpec
 from planner.structure import ModelStructure, chunk_roles, stand_ins
@@ -50,11 +50,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class ChunkFootprint:
-    """One chunk's step: every segment's highest moment, the time of an update, and what the allocator replay needs."""
+    """One chunk's step in numbers, and what the allocator replay needs."""
 
     chunk: Chunk
-    moments: tuple[Moment, ...]
-    """Of the kind of update whose peak is the highest."""
+    peak_bytes: int
+    """Highest allocated bytes over all kinds of update."""
     phase_peak_bytes: dict[str, int]
     """Highest allocated bytes of each phase over all kinds of update."""
     seconds: float
@@ -62,10 +62,40 @@ class ChunkFootprint:
     trace: StepTrace
     runs: tuple[LayerRun, ...]
 
-    @property
-    def peak(self) -> Moment:
-        """The highest moment of the step."""
-        return max(self.moments, key=lambda moment: moment.allocated_bytes)
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Forward and backward of one micro-batch of a chunk, whatever the schedule keeps and moves."""
+
+    trace: StepTrace
+    runs: tuple[LayerRun, ...]
+    folded: FoldedStep
+    copies: Copies
+    sizes: list[int]
+    """Of the variables."""
+    traced: tuple[Slice, ...]
+    """Slices of the chunk that the trace's stand for, the first of each."""
+    phase_peaks: dict[str, int]
+    """Relative to the beginning of the step."""
+    net: int
+    seconds: tuple[float, ...]
+    """Of every segment with its copies."""
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _SliceFigures:
+    """The update of one slice in numbers: highest moments relative to its beginning, its change, its seconds."""
+
+    clip_peak: int
+    clip_seconds: float
+    peak: int
+    net: int
+    seconds: float
+    transfer_seconds: float
+    states_bytes: int
+    """On the device."""
+    host_bytes: int
 
 
 def updates_of_visit(schedule: ScheduleSpec) -> list[Update]:
@@ -93,6 +123,13 @@ class Footprints:
         self.structure: ModelStructure = store.structure()
         self.granularity = 1 if gpu.kind == "cpu" else CUDA_GRANULARITY
         self._rates: Rates = rates(training.compute_precision, gpu)
+        self._steps: dict[tuple[Slice, Slice, bool], _Step] = {}
+        self._folds: dict[int, tuple[StepTrace, FoldedStep]] = {}
+        self._work_seconds: dict[int, list[float]] = {}
+        self._slices: dict[tuple[Hashable, ...], _SliceFigures] = {}
+        self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
+        self._resident: dict[str, Bytes] = {}
+        self._updates: dict[tuple[Hashable, ...], tuple[dict[str, int], float]] = {}
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
         """The stream's partition; raises InputError for more chunks than rows, or than can be planned."""
@@ -102,29 +139,58 @@ class Footprints:
 
     def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
         """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
-        roles = chunk_roles(self.structure, chunk, self.training)
-        runs = tuple(layer_runs(roles.layers))
-        trace = self.store.step(chunk, roles, expands=schedule.expansion == "factored")
-        traced = [chunk.slices[ordinals[0]] for ordinals in stand_ins(self.structure, chunk, runs)]
-        numels = [piece.numel for piece in traced]
-        sizes = (numels, self.training.trained_precision.itemsize, self.granularity)
-        summaries = summarise(trace, runs, *sizes)
-        accumulated: list[SegmentSummary] = []
-        if schedule.expansion == "factored" and self.training.gradient_accumulation_steps > 1:
-            accumulated = summarise(self.store.step(chunk, roles, expands=False), runs, *sizes)
+        step = self._step(chunk, expands=schedule.expansion == "factored")
         phase_peaks: dict[str, int] = {}
-        highest: list[Moment] = []
         total_seconds = 0.0
         for update in updates_of_visit(schedule):
-            if self.training.update_in_backward:
-                summaries = summarise(trace, runs, *sizes, self._updates_in_backward(traced, schedule, update))
-            moments, seconds = self._moments(chunk, summaries, accumulated or summaries, schedule, update)
+            peaks, seconds = self._known_figures(chunk, step, schedule, update)
             total_seconds += seconds * update.count
+            for phase, peak in peaks.items():
+                phase_peaks[phase] = max(phase_peaks.get(phase, 0), peak)
+        seconds = total_seconds / schedule.switch_every
+        return ChunkFootprint(chunk, max(phase_peaks.values()), phase_peaks, seconds, step.trace, step.runs)
+
+    def moments(self, chunk: Chunk, schedule: ScheduleSpec) -> list[Moment]:
+        """Every segment's highest moment, of the kind of update whose peak is the highest."""
+        step = self._step(chunk, expands=schedule.expansion == "factored")
+        highest: list[Moment] = []
+        for update in updates_of_visit(schedule):
+            moments = self._moments(chunk, step, schedule, update)
             highest = max(highest, moments, key=lambda items: max((m.allocated_bytes for m in items), default=0))
-            for moment in moments:
-                phase_peaks[moment.phase] = max(phase_peaks.get(moment.phase, 0), moment.allocated_bytes)
-        mean_seconds = total_seconds / schedule.switch_every
-        return ChunkFootprint(chunk, tuple(highest), phase_peaks, mean_seconds, trace, runs)
+        return highest
+
+    def _step(self, chunk: Chunk, *, expands: bool) -> _Step:
+        key = (chunk.slices[0], chunk.slices[-1], expands)
+        if key not in self._steps:
+            roles = chunk_roles(self.structure, chunk, self.training)
+            runs = tuple(layer_runs(roles.layers))
+            trace = self.store.step(chunk, roles, expands=expands)
+            folded = self._folded(trace)
+            copies = Copies.of(runs)
+            traced = tuple(chunk.slices[ordinals[0]] for ordinals in stand_ins(self.structure, chunk, runs))
+            itemsize = self.training.trained_precision.itemsize
+            sizes = folded.sizes(copies, [piece.numel for piece in traced], itemsize)
+            seconds = self._segment_seconds(folded, copies)
+            phase_peaks, net = _phase_peaks(folded, folded.totals(copies, sizes))
+            total = _one_after_another(seconds)
+            self._steps[key] = _Step(trace, runs, folded, copies, sizes, traced, phase_peaks, net, seconds, total)
+        return self._steps[key]
+
+    def _folded(self, trace: StepTrace) -> FoldedStep:
+        """The trace folded, once."""
+        known = self._folds.get(id(trace))
+        if known is None:
+            known = self._folds[id(trace)] = (trace, fold(trace, self.granularity))
+        return known[1]
+
+    def _segment_seconds(self, folded: FoldedStep, copies: Copies) -> tuple[float, ...]:
+        known = self._work_seconds.get(id(folded))
+        if known is None:
+            known = self._work_seconds[id(folded)] = [self._seconds(segment.work) for segment in folded.segments]
+        return tuple(
+            seconds * (copies.num[segment.place] if segment.place >= 0 else 1)
+            for seconds, segment in zip(known, folded.segments, strict=True)
+        )
 
     def update_trace(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> StepTrace:
         """The optimizer's work on one slice."""
@@ -145,21 +211,38 @@ class Footprints:
         """Sizes of the tensors through which the chunk's states pass during this kind of update."""
         if not self._is_shared(update):
             return []
-        layout = StateLayout.of(self.training, schedule)
-        blocks = layout.wanted([(piece.numel, self._num_columns(piece)) for piece in chunk.slices])
+        blocks = [block for piece in chunk.slices for block in self._largest_blocks(piece, schedule)]
         return [tensor.num_bytes for tensor in largest_tensors(blocks).values()] * min(2, len(blocks))
+
+    def _largest_blocks(self, piece: Slice, schedule: ScheduleSpec) -> list[dict[str, StateTensor]]:
+        """States of the slice's first two blocks: none is larger, and more than two are not there at once."""
+        layout = StateLayout.of(self.training, schedule)
+        key = (piece.numel, self._num_columns(piece), layout)
+        if key not in self._blocks:
+            self._blocks[key] = layout.wanted([key[:2]])[:2]
+        return self._blocks[key]
+
+    def kept_bytes(self, chunks: Iterable[Chunk], schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps in host memory for all chunks between their visits."""
+        update = updates_of_visit(schedule)[0]
+        return sum(
+            self._slice_figures(piece, schedule, update).host_bytes for chunk in chunks for piece in chunk.slices
+        )
 
     def _num_columns(self, piece: Slice) -> int:
         return self.structure.parameters[piece.index].num_columns
 
-    def resident(self, schedule: ScheduleSpec) -> list[int]:
+    def resident(self, schedule: ScheduleSpec) -> Bytes:
         """Live bytes by category between two steps."""
-        live = [0] * len(CATEGORIES)
-        live[_WEIGHTS] = sum(map(self.rounded, self.structure.parameter_sizes))
-        live[_OTHER] = self.structure.buffer_bytes
-        if schedule.expansion == "factored":
-            live[_STATES] = sum(map(self.rounded, self.factored_bytes()))
-        return live
+        known = self._resident.get(schedule.expansion)
+        if known is None:
+            live = [0] * len(CATEGORIES)
+            live[_WEIGHTS] = sum(map(self.rounded, self.structure.parameter_sizes))
+            live[_OTHER] = self.structure.buffer_bytes
+            if schedule.expansion == "factored":
+                live[_STATES] = sum(map(self.rounded, self.factored_bytes()))
+            known = self._resident[schedule.expansion] = tuple(live)
+        return known
 
     def factored_bytes(self) -> list[int]:
         """Sizes of the factored moments of all parameters: an fp32 per row and one per column."""
@@ -168,7 +251,7 @@ class Footprints:
 
     def rounded(self, size_bytes: int) -> int:
         """Size of a block as the device's allocator counts it."""
-        return -(-size_bytes // self.granularity) * self.granularity
+        return rounded(size_bytes, self.granularity)
 
     def states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
         """What the optimizer keeps on the device for a slice."""
@@ -179,16 +262,89 @@ class Footprints:
         """What the optimizer keeps in host memory for a slice between visits."""
         return StateLayout.of(self.training, schedule).host_bytes(piece.numel, self._num_columns(piece))
 
-    def _moments(
-        self,
-        chunk: Chunk,
-        summaries: Sequence[SegmentSummary],
-        accumulated: Sequence[SegmentSummary],
-        schedule: ScheduleSpec,
-        update: Update,
-    ) -> tuple[list[Moment], float]:
+    def _known_figures(
+        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update
+    ) -> tuple[dict[str, int], float]:
+        """The same for all schedules that differ in how often such an update comes."""
+        kept = (schedule.states, schedule.state_dtype, schedule.master, schedule.expansion)
+        key = (chunk.slices[0], chunk.slices[-1], kept, update.comes, update.leaves)
+        if key not in self._updates:
+            self._updates[key] = self._figures(chunk, step, schedule, update)
+        return self._updates[key]
+
+    def _figures(
+        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update
+    ) -> tuple[dict[str, int], float]:
+        """Peak of each phase, and seconds, of one kind of update: what :meth:`_moments` says, in totals."""
         training = self.training
-        live = self.resident(schedule)
+        live = sum(self._before(chunk, schedule, update))
+        phase_peaks, net = step.phase_peaks, step.net
+        slices = [self._slice_figures(piece, schedule, update) for piece in chunk.slices]
+        if training.update_in_backward:
+            updates = [self._in_backward(piece, schedule, update) for piece in step.traced]
+            totals = [(sum(each.peak), sum(each.net)) for each in updates]
+            phase_peaks, net = _phase_peaks(step.folded, step.folded.totals(step.copies, step.sizes, totals))
+        peaks = {phase: live + peak for phase, peak in phase_peaks.items()}
+        live += net
+        highest = live
+        seconds = self._step_seconds(chunk, step, schedule)
+        if self._takes_norms:
+            highest = live + max(figures.clip_peak for figures in slices)
+            seconds += sum(figures.clip_seconds for figures in slices)
+        live += sum(map(self.rounded, self.buffers(chunk, schedule, update)))
+        if training.update_in_backward:
+            highest = max(highest, live)
+        leaves = update.leaves and not update.comes
+        for figures in slices:
+            if not training.update_in_backward:
+                highest = max(highest, live + figures.peak)
+                live += figures.net - (figures.states_bytes if leaves else 0)
+            seconds += figures.seconds
+            seconds += figures.transfer_seconds
+        return peaks | {"optimizer": highest}, seconds
+
+    def _moments(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update) -> list[Moment]:
+        """Every segment's highest moment during one kind of update."""
+        training = self.training
+        live = self._before(chunk, schedule, update)
+        in_backward: list[SliceUpdate] = []
+        if training.update_in_backward:
+            in_backward = [self._in_backward(piece, schedule, update) for piece in step.traced]
+        moments, begin = [], 0.0
+        summaries = step.folded.summaries(step.copies, step.sizes, in_backward)
+        for summary, seconds in zip(summaries, step.seconds, strict=True):
+            if summary.phase != "end":
+                moments.append(Moment(summary.phase, segment_name(summary), begin, added(live, summary.peak)))
+            live = added(live, summary.net)
+            begin += seconds
+        begin = self._step_seconds(chunk, step, schedule)
+        updates = [self._update(piece, schedule, update) for piece in chunk.slices]
+        if self._takes_norms:
+            clips = [added(live, phases["clip"].peak) for phases in updates]
+            moments.append(Moment("optimizer", "clip", begin, max(clips, key=sum)))
+            begin += sum(self._seconds(phases["clip"].work) for phases in updates)
+        live = _more(live, _STATES, sum(map(self.rounded, self.buffers(chunk, schedule, update))))
+        for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
+            summary = phases["optimizer"]
+            if not training.update_in_backward:
+                moments.append(Moment("optimizer", f"slice {position}", begin, added(live, summary.peak)))
+                live = added(live, summary.net)
+                if update.leaves and not update.comes:
+                    live = _more(live, _STATES, -self.states_bytes(piece, schedule))
+            begin += self._seconds(summary.work)
+            begin += self._transfer_seconds(piece, schedule, update)
+        if training.update_in_backward:
+            moments.append(Moment("optimizer", "end", begin, live))
+        return moments
+
+    @property
+    def _takes_norms(self) -> bool:
+        return self.training.max_grad_norm is not None or self.training.scales_loss
+
+    def _before(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> Bytes:
+        """Live bytes by category before the last micro-batch of an update."""
+        training = self.training
+        live = list(self.resident(schedule))
         if not update.comes:
             live[_STATES] += sum(self.states_bytes(piece, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1
@@ -196,55 +352,54 @@ class Footprints:
         live[_OTHER] += inputs * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
             live[_GRADIENTS] += sum(self.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices)
-        moments, seconds = [], 0.0
-        for summary in summaries:
-            at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
-            if summary.phase != "end":
-                moments.append(Moment(summary.phase, segment_name(summary), seconds, at_peak))
-            live = [a + b for a, b in zip(live, summary.net, strict=True)]
-            seconds += self._seconds(summary.work) * summary.num_copies
-        seconds += others * sum(self._seconds(summary.work) * summary.num_copies for summary in accumulated)
-        updates = [self._update(piece, schedule, update) for piece in chunk.slices]
-        if training.max_grad_norm is not None or training.scales_loss:  # both take the norm of every gradient
-            clips = [tuple(a + b for a, b in zip(live, phases["clip"].peak, strict=True)) for phases in updates]
-            moments.append(Moment("optimizer", "clip", seconds, max(clips, key=sum)))
-            seconds += sum(self._seconds(phases["clip"].work) for phases in updates)
-        live[_STATES] += sum(map(self.rounded, self.buffers(chunk, schedule, update)))
-        for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
-            summary = phases["optimizer"]
-            if not training.update_in_backward:
-                at_peak = tuple(a + b for a, b in zip(live, summary.peak, strict=True))
-                moments.append(Moment("optimizer", f"slice {position}", seconds, at_peak))
-                live = [a + b for a, b in zip(live, summary.net, strict=True)]
-                if update.leaves and not update.comes:
-                    live[_STATES] -= self.states_bytes(piece, schedule)
-            seconds += self._seconds(summary.work)
-            if self.gpu.kind != "cpu":
-                at_home = self.host_bytes(piece, schedule)
-                # What passes through comes and leaves at the same time, one block after the other.
-                num_ways = 1 if self._is_shared(update) else update.comes + update.leaves
-                seconds += num_ways * transfer_seconds(at_home, self.gpu)
-        if training.update_in_backward:
-            moments.append(Moment("optimizer", "end", seconds, tuple(live)))
-        return moments, seconds
+        return tuple(live)
 
-    def _updates_in_backward(
-        self, pieces: Sequence[Slice], schedule: ScheduleSpec, update: Update
-    ) -> list[SliceUpdate]:
-        """What the update of each slice adds to the moment at which its gradient is complete."""
-        found = []
-        for piece in pieces:
-            summary = self._update(piece, schedule, update)["optimizer"]
-            net = list(summary.net)
-            net[_GRADIENTS] = 0
-            if update.leaves and not update.comes:
-                net[_STATES] -= self.states_bytes(piece, schedule)
-            found.append(SliceUpdate(summary.peak, tuple(net)))
-        return found
+    def _step_seconds(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec) -> float:
+        """Seconds of all micro-batches of an update; the last one expands where the schedule asks for it."""
+        others = self.training.gradient_accumulation_steps - 1
+        plain = step
+        if others and schedule.expansion == "factored":
+            plain = self._step(chunk, expands=False)
+        return step.total_seconds + others * plain.total_seconds
+
+    def _in_backward(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> SliceUpdate:
+        """What the update of a slice adds to the moment at which its gradient is complete."""
+        summary = self._update(piece, schedule, update)["optimizer"]
+        net = list(summary.net)
+        net[_GRADIENTS] = 0
+        if update.leaves and not update.comes:
+            net[_STATES] -= self.states_bytes(piece, schedule)
+        return SliceUpdate(summary.peak, tuple(net))
 
     def _update(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
-        trace = self.update_trace(piece, schedule, update)
-        return {summary.phase: summary for summary in summarise(trace, (), (piece.numel,), 0, self.granularity)}
+        folded = self._folded(self.update_trace(piece, schedule, update))
+        return {summary.phase: summary for summary in folded.summaries(NO_COPIES, ())}
+
+    def _slice_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
+        kept = (schedule.states, schedule.state_dtype, schedule.master)
+        key = (piece.numel, self._num_columns(piece), kept, update.comes, update.leaves)
+        known = self._slices.get(key)
+        if known is None:
+            phases = self._update(piece, schedule, update)
+            clip, rule = phases["clip"], phases["optimizer"]
+            known = self._slices[key] = _SliceFigures(
+                clip_peak=sum(clip.peak),
+                clip_seconds=self._seconds(clip.work),
+                peak=sum(rule.peak),
+                net=sum(rule.net),
+                seconds=self._seconds(rule.work),
+                transfer_seconds=self._transfer_seconds(piece, schedule, update),
+                states_bytes=self.states_bytes(piece, schedule),
+                host_bytes=self.host_bytes(piece, schedule),
+            )
+        return known
+
+    def _transfer_seconds(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> float:
+        if self.gpu.kind == "cpu":
+            return 0.0
+        # What passes through comes and leaves at the same time, one block after the other.
+        num_ways = 1 if self._is_shared(update) else update.comes + update.leaves
+        return num_ways * transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
 
     def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
         return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
@@ -253,6 +408,28 @@ class Footprints:
 def place_name(place: int) -> str:
     """``embedding``, ``head`` or ``layer 3``."""
     return {EMBED: "embedding", HEAD: "head"}.get(place, f"layer {place}")
+
+
+def _phase_peaks(folded: FoldedStep, totals: Iterable[tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """Highest moment of each phase relative to the beginning of the step, and the step's change."""
+    live, peaks = 0, {}
+    for segment, (highest, net) in zip(folded.segments, totals, strict=True):
+        if segment.phase != "end":
+            peaks[segment.phase] = max(peaks.get(segment.phase, 0), live + highest)
+        live += net
+    return peaks, live
+
+
+def _one_after_another(seconds: Iterable[float]) -> float:
+    """A sum that rounds as a clock that is moved on does; :func:`sum` may round less."""
+    total = 0.0
+    for each in seconds:
+        total += each
+    return total
+
+
+def _more(live: Bytes, category: int, size_bytes: int) -> Bytes:
+    return (*live[:category], live[category] + size_bytes, *live[category + 1 :])
 
 
 def segment_name(summary: SegmentSummary) -> str:

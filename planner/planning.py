@@ -67,7 +67,7 @@ class Planner:
         footprints = self.footprints(training)
         chunks = tuple(footprints.of_chunk(chunk, schedule) for chunk in footprints.chunks(schedule.num_chunks))
         footprints.store.save()
-        highest = max(chunks, key=lambda chunk: chunk.peak.allocated_bytes)
+        highest = max(chunks, key=lambda chunk: chunk.peak_bytes)
         peak = self._peak(footprints, chunks, highest, schedule)
         return Evaluation(training, schedule, chunks, peak, peak.upper_bytes <= self.capacity_bytes)
 
@@ -78,12 +78,13 @@ class Planner:
         highest: ChunkFootprint,
         schedule: ScheduleSpec,
     ) -> Peak:
-        moment, extra = highest.peak, self.overheads
+        moments = footprints.moments(highest.chunk, schedule)
+        moment, extra = max(moments, key=lambda moment: moment.allocated_bytes), self.overheads
         categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
         categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
         breakdown = Breakdown(**categories)
         allocated = breakdown.total_bytes
-        slabs = sum(footprints.host_bytes(piece, schedule) for chunk in chunks for piece in chunk.chunk.slices)
+        slabs = footprints.kept_bytes((chunk.chunk for chunk in chunks), schedule)
         runtime = extra.runtime_bytes + (0 if footprints.training.lora is None else PEFT_BYTES)
         if self.gpu.kind == "cpu":
             reserved = allocated
@@ -165,7 +166,8 @@ def timeline(request: PlanRequest) -> Timeline:
     begin = 0.0
     for index in Schedule(len(chosen.chunks), chosen.schedule.order, 1).cycle_order(0):
         footprint = chosen.chunks[index]
-        points.extend(_point(footprint.chunk, moment, begin, workspaces) for moment in footprint.moments)
+        moments = planner.footprints(chosen.training).moments(footprint.chunk, chosen.schedule)
+        points.extend(_point(footprint.chunk, moment, begin, workspaces) for moment in moments)
         begin += footprint.seconds
     return Timeline(plan_id=plan_id(request, planner), capacity_bytes=planner.capacity_bytes, points=points)
 
@@ -205,7 +207,7 @@ def _chunk_plan(planner: Planner, chosen: Evaluation, footprint: ChunkFootprint)
         num_parameters=footprint.chunk.num_parameters,
         first_parameter=names[pieces[0].index].name,
         last_parameter=names[pieces[-1].index].name,
-        peak_allocated_bytes=footprint.peak.allocated_bytes + workspaces,
+        peak_allocated_bytes=footprint.peak_bytes + workspaces,
         phase_peak_bytes={phase: peak + workspaces for phase, peak in footprint.phase_peak_bytes.items()},
         step_seconds=footprint.seconds,
     )

@@ -5,7 +5,7 @@ import pytest
 from engine.spec import TrainingSpec, parse
 from engine.states import BLOCK_NUMEL, StateLayout
 from planner import PlanRequest, plan, timeline
-from planner.compose import summarise
+from planner.fold import NO_COPIES, fold
 from planner.segments import CATEGORIES
 from planner.update import trace_update
 
@@ -18,7 +18,7 @@ def states_of_update(device_kind, num_blocks, *, comes=True, leaves=True, is_sha
     numel = num_blocks * BLOCK_NUMEL
     options = {"comes": comes, "leaves": leaves, "is_shared": is_shared}
     trace = trace_update(device_kind, numel, 1024, spec, spec.schedule, **options)
-    (found,) = [s for s in summarise(trace, (), (numel,), 0, 1) if s.phase == "optimizer"]
+    (found,) = [s for s in fold(trace, 1).summaries(NO_COPIES, ()) if s.phase == "optimizer"]
     per_block = sum(StateLayout.of(spec, spec.schedule).device_bytes(BLOCK_NUMEL, 1024))
     return found.peak[STATES] / per_block, found.net[STATES] / per_block
 
