@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.chunks import Chunk, Slice, partition
 from engine.errors import InputError
-from engine.spec import ScheduleSpec, TrainingSpec
-from engine.states import StateLayout, StateTensor, largest_tensors
+from engine.spec import Optimizer, ScheduleSpec, TrainingSpec
+from engine.states import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
 from planner.cache import TraceStore
 from planner.fold import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, SliceUpdate, added, fold, rounded
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
@@ -95,7 +96,6 @@ class _SliceFigures:
     transfer_seconds: float
     states_bytes: int
     """On the device."""
-    host_bytes: int
 
 
 def updates_of_visit(schedule: ScheduleSpec) -> list[Update]:
@@ -123,19 +123,24 @@ class Footprints:
         self.structure: ModelStructure = store.structure()
         self.granularity = 1 if gpu.kind == "cpu" else CUDA_GRANULARITY
         self._rates: Rates = rates(training.compute_precision, gpu)
-        self._steps: dict[tuple[Slice, Slice, bool], _Step] = {}
+        self._steps: dict[tuple[int, int, int, int, bool], _Step] = {}
         self._folds: dict[int, tuple[StepTrace, FoldedStep]] = {}
         self._work_seconds: dict[int, list[float]] = {}
-        self._slices: dict[tuple[Hashable, ...], _SliceFigures] = {}
+        self._columns = [info.num_columns for info in self.structure.parameters]
+        self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], _SliceFigures]] = {}
         self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
+        self._kept: dict[tuple[int, StateLayout], int] = {}
         self._resident: dict[str, Bytes] = {}
-        self._updates: dict[tuple[Hashable, ...], tuple[dict[str, int], float]] = {}
+        self._estimates: dict[tuple[Hashable, ...], tuple[int, float]] = {}
+        self._partitions: dict[int, list[Chunk]] = {}
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
         """The stream's partition; raises InputError for more chunks than rows, or than can be planned."""
         if num_chunks > MAX_PLANNED_CHUNKS:
             raise InputError("training.schedule.num_chunks", f"at most {MAX_PLANNED_CHUNKS} chunks can be planned")
-        return partition(self.structure.parameters, num_chunks)
+        if num_chunks not in self._partitions:
+            self._partitions[num_chunks] = partition(self.structure.parameters, num_chunks)
+        return self._partitions[num_chunks]
 
     def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
         """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
@@ -143,7 +148,7 @@ class Footprints:
         phase_peaks: dict[str, int] = {}
         total_seconds = 0.0
         for update in updates_of_visit(schedule):
-            peaks, seconds = self._known_figures(chunk, step, schedule, update)
+            peaks, seconds = self._figures(chunk, step, schedule, update)
             total_seconds += seconds * update.count
             for phase, peak in peaks.items():
                 phase_peaks[phase] = max(phase_peaks.get(phase, 0), peak)
@@ -160,7 +165,8 @@ class Footprints:
         return highest
 
     def _step(self, chunk: Chunk, *, expands: bool) -> _Step:
-        key = (chunk.slices[0], chunk.slices[-1], expands)
+        first, last = chunk.slices[0], chunk.slices[-1]
+        key = (first.index, first.start, last.index, last.stop, expands)
         if key not in self._steps:
             roles = chunk_roles(self.structure, chunk, self.training)
             runs = tuple(layer_runs(roles.layers))
@@ -222,15 +228,17 @@ class Footprints:
             self._blocks[key] = layout.wanted([key[:2]])[:2]
         return self._blocks[key]
 
-    def kept_bytes(self, chunks: Iterable[Chunk], schedule: ScheduleSpec) -> int:
+    def kept_bytes(self, schedule: ScheduleSpec) -> int:
         """What the optimizer keeps in host memory for all chunks between their visits."""
-        update = updates_of_visit(schedule)[0]
-        return sum(
-            self._slice_figures(piece, schedule, update).host_bytes for chunk in chunks for piece in chunk.slices
-        )
+        layout = StateLayout.of(self.training, schedule)
+        key = (schedule.num_chunks, layout)
+        if key not in self._kept:
+            shapes = ((piece.numel, self._num_columns(piece)) for c in self.chunks(key[0]) for piece in c.slices)
+            self._kept[key] = sum(layout.host_bytes(*shape) * count for shape, count in Counter(shapes).items())
+        return self._kept[key]
 
     def _num_columns(self, piece: Slice) -> int:
-        return self.structure.parameters[piece.index].num_columns
+        return self._columns[piece.index]
 
     def resident(self, schedule: ScheduleSpec) -> Bytes:
         """Live bytes by category between two steps."""
@@ -262,24 +270,38 @@ class Footprints:
         """What the optimizer keeps in host memory for a slice between visits."""
         return StateLayout.of(self.training, schedule).host_bytes(piece.numel, self._num_columns(piece))
 
-    def _known_figures(
-        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update
-    ) -> tuple[dict[str, int], float]:
-        """The same for all schedules that differ in how often such an update comes."""
-        kept = (schedule.states, schedule.state_dtype, schedule.master, schedule.expansion)
-        key = (chunk.slices[0], chunk.slices[-1], kept, update.comes, update.leaves)
-        if key not in self._updates:
-            self._updates[key] = self._figures(chunk, step, schedule, update)
-        return self._updates[key]
+    def estimate(self, schedule: ScheduleSpec) -> tuple[int, float]:
+        """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart quickly.
+
+        Steps are exact, updates of slices estimated (see :meth:`_rough_figures`); schedules that differ only in how
+        often a kind of update comes share everything.
+        """
+        chunks = self.chunks(schedule.num_chunks)
+        highest, seconds = 0, 0.0
+        for update in updates_of_visit(schedule):
+            kept = (schedule.states, schedule.state_dtype.value, schedule.master.value, schedule.expansion)
+            key = (schedule.num_chunks, kept, update.comes, update.leaves)
+            if key not in self._estimates:
+                expands = schedule.expansion == "factored"
+                figures = [
+                    self._figures(chunk, self._step(chunk, expands=expands), schedule, update, rough=True)
+                    for chunk in chunks
+                ]
+                peak = max(max(peaks.values()) for peaks, _ in figures)
+                self._estimates[key] = peak, sum(each for _, each in figures)
+            peak, of_cycle = self._estimates[key]
+            highest = max(highest, peak)
+            seconds += of_cycle * update.count
+        return highest, seconds / schedule.switch_every / len(chunks)
 
     def _figures(
-        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update
+        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update, *, rough: bool = False
     ) -> tuple[dict[str, int], float]:
         """Peak of each phase, and seconds, of one kind of update: what :meth:`_moments` says, in totals."""
         training = self.training
         live = sum(self._before(chunk, schedule, update))
         phase_peaks, net = step.phase_peaks, step.net
-        slices = [self._slice_figures(piece, schedule, update) for piece in chunk.slices]
+        slices = self._all_figures(chunk, schedule, update, rough=rough)
         if training.update_in_backward:
             updates = [self._in_backward(piece, schedule, update) for piece in step.traced]
             totals = [(sum(each.peak), sum(each.net)) for each in updates]
@@ -375,24 +397,53 @@ class Footprints:
         folded = self._folded(self.update_trace(piece, schedule, update))
         return {summary.phase: summary for summary in folded.summaries(NO_COPIES, ())}
 
+    def _all_figures(self, chunk: Chunk, schedule: ScheduleSpec, update: Update, *, rough: bool) -> list[_SliceFigures]:
+        """Of the chunk's slices; equal for slices of one size and width."""
+        kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
+        known = self._slices.setdefault((kept, update.comes, update.leaves, rough), {})
+        figures_of = self._rough_figures if rough else self._slice_figures
+        found = []
+        for piece in chunk.slices:
+            key = (piece.stop - piece.start, self._columns[piece.index])
+            figures = known.get(key)
+            if figures is None:
+                figures = known[key] = figures_of(piece, schedule, update)
+            found.append(figures)
+        return found
+
     def _slice_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
-        kept = (schedule.states, schedule.state_dtype, schedule.master)
-        key = (piece.numel, self._num_columns(piece), kept, update.comes, update.leaves)
-        known = self._slices.get(key)
-        if known is None:
-            phases = self._update(piece, schedule, update)
-            clip, rule = phases["clip"], phases["optimizer"]
-            known = self._slices[key] = _SliceFigures(
-                clip_peak=sum(clip.peak),
-                clip_seconds=self._seconds(clip.work),
-                peak=sum(rule.peak),
-                net=sum(rule.net),
-                seconds=self._seconds(rule.work),
-                transfer_seconds=self._transfer_seconds(piece, schedule, update),
-                states_bytes=self.states_bytes(piece, schedule),
-                host_bytes=self.host_bytes(piece, schedule),
-            )
-        return known
+        phases = self._update(piece, schedule, update)
+        clip, rule = phases["clip"], phases["optimizer"]
+        return _SliceFigures(
+            clip_peak=sum(clip.peak),
+            clip_seconds=self._seconds(clip.work),
+            peak=sum(rule.peak),
+            net=sum(rule.net),
+            seconds=self._seconds(rule.work),
+            transfer_seconds=self._transfer_seconds(piece, schedule, update),
+            states_bytes=self.states_bytes(piece, schedule),
+        )
+
+    def _rough_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
+        """The same estimated: temporaries of the update of one or two full blocks, states by their layout."""
+        if self.training.optimizer is Optimizer.ADAFACTOR or self.training.update_in_backward:
+            return self._slice_figures(piece, schedule, update)
+        typical = Slice(piece.index, 0, BLOCK_NUMEL * min(2, -(-piece.numel // BLOCK_NUMEL)))
+        (traced,) = self._all_figures(Chunk(0, (typical,)), schedule, update, rough=False)
+        share = piece.numel / typical.numel
+        states_bytes = self.states_bytes(piece, schedule)
+        stays = states_bytes - traced.states_bytes if update.comes and not update.leaves else 0
+        itemsize = self.training.trained_precision.itemsize
+        smaller = self.rounded(typical.numel * itemsize) - self.rounded(piece.numel * itemsize)
+        return _SliceFigures(
+            clip_peak=traced.clip_peak,
+            clip_seconds=traced.clip_seconds * share,
+            peak=traced.peak + max(stays, 0),
+            net=traced.net + stays + smaller,
+            seconds=traced.seconds * share,
+            transfer_seconds=self._transfer_seconds(piece, schedule, update),
+            states_bytes=states_bytes,
+        )
 
     def _transfer_seconds(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> float:
         if self.gpu.kind == "cpu":

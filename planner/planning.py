@@ -19,8 +19,24 @@ from planner.replay import reserved_bytes
 from planner.segments import CATEGORIES
 from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
 
-PLANNER_VERSION = "1"
+PLANNER_VERSION = "2"
 MAX_MICRO_BATCH_TOKENS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One schedule, as far as arithmetic goes: everything but what the allocator makes of it."""
+
+    training: TrainingSpec
+    schedule: ScheduleSpec
+    chunks: tuple[ChunkFootprint, ...]
+    allocated_bytes: int
+    """Highest over the cycle."""
+    host_bytes: int
+    step_seconds: float
+    """Mean over a cycle of one update."""
+    least_upper_bytes: int
+    """The bound if the allocator reserved nothing on top: never above the plan's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +48,7 @@ class Evaluation:
     chunks: tuple[ChunkFootprint, ...]
     peak: Peak
     fits: bool
-
-    @property
-    def step_seconds(self) -> float:
-        """Mean over a cycle of one update."""
-        return sum(chunk.seconds for chunk in self.chunks) / len(self.chunks)
+    step_seconds: float
 
 
 class Planner:
@@ -53,53 +65,79 @@ class Planner:
         usable = self.gpu.memory_bytes - self.overheads.driver_reserved_bytes
         self.capacity_bytes = min(usable, request.memory_limit_bytes or usable)
         self._footprints: dict[str, Footprints] = {}
+        self._keys: dict[int, tuple[str, TrainingSpec]] = {}
 
     def footprints(self, training: TrainingSpec) -> Footprints:
         """Footprints under a spec; specs that differ only in the schedule share them."""
-        key = training.model_dump_json(exclude={"schedule"})
+        key = self._keys.get(id(training), ("", training))[0]
+        if not key:
+            key = training.model_dump_json(exclude={"schedule"})
+            self._keys[id(training)] = key, training
         if key not in self._footprints:
             store = TraceStore(self.model.config, training, self.gpu.kind)
             self._footprints[key] = Footprints(store, training, self.gpu)
         return self._footprints[key]
 
-    def evaluate(self, training: TrainingSpec, schedule: ScheduleSpec) -> Evaluation:
-        """Footprints of all chunks, the peak with all its counters, and whether it fits."""
+    def outline(self, training: TrainingSpec, schedule: ScheduleSpec) -> Outline:
+        """Every chunk's footprint, and what follows from it without the allocator."""
         footprints = self.footprints(training)
         chunks = tuple(footprints.of_chunk(chunk, schedule) for chunk in footprints.chunks(schedule.num_chunks))
-        footprints.store.save()
-        highest = max(chunks, key=lambda chunk: chunk.peak_bytes)
-        peak = self._peak(footprints, chunks, highest, schedule)
-        return Evaluation(training, schedule, chunks, peak, peak.upper_bytes <= self.capacity_bytes)
+        seconds = sum(chunk.seconds for chunk in chunks) / len(chunks)
+        return self._outline(training, schedule, chunks, max(chunk.peak_bytes for chunk in chunks), seconds)
 
-    def _peak(
+    def sketch(self, training: TrainingSpec, schedule: ScheduleSpec) -> Outline:
+        """An estimated outline without chunks, to tell many schedules apart quickly."""
+        peak_bytes, seconds = self.footprints(training).estimate(schedule)
+        return self._outline(training, schedule, (), peak_bytes, seconds)
+
+    def _outline(
         self,
-        footprints: Footprints,
-        chunks: tuple[ChunkFootprint, ...],
-        highest: ChunkFootprint,
+        training: TrainingSpec,
         schedule: ScheduleSpec,
-    ) -> Peak:
-        moments = footprints.moments(highest.chunk, schedule)
-        moment, extra = max(moments, key=lambda moment: moment.allocated_bytes), self.overheads
+        chunks: tuple[ChunkFootprint, ...],
+        peak_bytes: int,
+        seconds: float,
+    ) -> Outline:
+        footprints, extra = self.footprints(training), self.overheads
+        allocated = peak_bytes + extra.workspace_bytes * extra.num_workspaces
+        device, host = self._device_and_host(footprints, schedule, allocated, allocated)
+        return Outline(
+            training=training,
+            schedule=schedule,
+            chunks=chunks,
+            allocated_bytes=allocated,
+            host_bytes=host,
+            step_seconds=seconds,
+            least_upper_bytes=self.margin.bound(device, footprints.structure.parameter_bytes),
+        )
+
+    def least_upper_bytes(self, training: TrainingSpec, schedule: ScheduleSpec, peak_bytes: int) -> int:
+        """The bound if nothing exceeded ``peak_bytes``, and the allocator reserved nothing on top."""
+        return self._outline(training, schedule, (), peak_bytes, 0.0).least_upper_bytes
+
+    def evaluate(self, training: TrainingSpec, schedule: ScheduleSpec) -> Evaluation:
+        """Footprints of all chunks, the peak with all its counters, and whether it fits."""
+        return self.complete(self.outline(training, schedule))
+
+    def complete(self, outline: Outline) -> Evaluation:
+        """The outline of a schedule with what the allocator makes of it."""
+        footprints = self.footprints(outline.training)
+        peak = self._peak(footprints, outline)
+        footprints.store.save()
+        fits = peak.upper_bytes <= self.capacity_bytes
+        return Evaluation(outline.training, outline.schedule, outline.chunks, peak, fits, outline.step_seconds)
+
+    def _peak(self, footprints: Footprints, outline: Outline) -> Peak:
+        chunks, schedule, extra = outline.chunks, outline.schedule, self.overheads
+        highest = max(chunks, key=lambda chunk: chunk.peak_bytes)
+        moment = max(footprints.moments(highest.chunk, schedule), key=lambda moment: moment.allocated_bytes)
         categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
         categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
         breakdown = Breakdown(**categories)
-        allocated = breakdown.total_bytes
-        slabs = footprints.kept_bytes((chunk.chunk for chunk in chunks), schedule)
-        runtime = extra.runtime_bytes + (0 if footprints.training.lora is None else PEFT_BYTES)
-        if self.gpu.kind == "cpu":
-            reserved = allocated
-            structure = footprints.structure
-            device = host = cpu_process_bytes(
-                runtime,
-                structure.num_parameters,
-                structure.parameter_bytes,
-                allocated,
-                slabs,
-                footprints.training.compute_precision.itemsize,
-            )
-        else:
+        reserved = allocated = breakdown.total_bytes
+        if self.gpu.kind != "cpu":
             reserved = max(reserved_bytes(footprints, chunks, schedule, extra), allocated)
-            device, host = reserved + extra.context_bytes, slabs + runtime
+        device, host = self._device_and_host(footprints, schedule, allocated, reserved)
         return Peak(
             allocated_bytes=allocated,
             reserved_bytes=reserved,
@@ -110,6 +148,24 @@ class Planner:
             chunk_index=highest.chunk.index,
             breakdown=breakdown,
         )
+
+    def _device_and_host(
+        self, footprints: Footprints, schedule: ScheduleSpec, allocated: int, reserved: int
+    ) -> tuple[int, int]:
+        extra, structure = self.overheads, footprints.structure
+        slabs = footprints.kept_bytes(schedule)
+        runtime = extra.runtime_bytes + (0 if footprints.training.lora is None else PEFT_BYTES)
+        if self.gpu.kind == "cpu":
+            process = cpu_process_bytes(
+                runtime,
+                structure.num_parameters,
+                structure.parameter_bytes,
+                allocated,
+                slabs,
+                footprints.training.compute_precision.itemsize,
+            )
+            return process, process
+        return reserved + extra.context_bytes, slabs + runtime
 
     def floor_bytes(self, training: TrainingSpec) -> int:
         """Device bytes that no schedule goes below: weights, libraries, context, and the bound's fixed part."""
@@ -133,7 +189,7 @@ def plan(request: PlanRequest) -> Plan:
     Raises:
         InputError: an unknown model or GPU, a config that cannot be built, more chunks than rows, …; names the field.
     """
-    from planner.search import alternatives, choose
+    from planner.search import alternatives, choose, front
 
     planner = Planner(request)
     chosen = choose(planner)
@@ -151,6 +207,7 @@ def plan(request: PlanRequest) -> Plan:
         step_seconds=chosen.step_seconds,
         tokens_per_second=_tokens(chosen.training) / chosen.step_seconds,
         alternatives=alternatives(planner, chosen),
+        pareto=front(planner, chosen),
         warnings=_warnings(planner, chosen),
     )
 

@@ -137,6 +137,8 @@ class ChunkPlan(Result):
 class Alternative(Result):
     """Another schedule with its figures and one sentence why it is named."""
 
+    role: Literal["chosen", "pareto", "nearest", "smallest"] = "nearest"
+    """``nearest`` that fits; ``smallest`` where none does; of a front: ``chosen``, and ``pareto`` for all others."""
     schedule: ScheduleSpec
     training: TrainingSpec
     peak: Peak
@@ -164,6 +166,9 @@ class Plan(Result):
     """Mean over a cycle of one optimizer update."""
     tokens_per_second: float
     alternatives: list[Alternative]
+    """When it does not fit: what does, or the smallest there is."""
+    pareto: list[Alternative] = []
+    """Of ``schedule: auto``: the chosen one first, then schedules that are faster, smaller, or easier on the host."""
     warnings: list[str]
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.markup import escape
 
 from engine.spec import ScheduleSpec, TrainingSpec
+from planner.comparison import Compared
 from planner.spec import Alternative, ChunkPlan, Plan
 from service.cli.output import console, count, duration, gibibytes, print_table
 
@@ -65,9 +68,34 @@ def print_plan(plan: Plan) -> None:
     _print_peak(plan)
     _print_chunks(plan)
     _print_time(plan)
-    _print_alternatives(plan.alternatives)
+    _print_alternatives("Alternatives", plan.alternatives)
+    _print_alternatives("What auto found", plan.pareto)
     for warning in plan.warnings:
         out.print(f"[yellow]note[/]: {escape(warning)}", soft_wrap=True)
+
+
+def print_comparison(entries: Sequence[Compared]) -> None:
+    """A row per device and method."""
+    rows = []
+    for entry in entries:
+        plan = entry.plan
+        if plan is None:
+            rows.append((entry.gpu, entry.method, "[red]refused[/]", "", "", "", "", escape(entry.refusal or "")))
+            continue
+        why = "" if plan.fits else refusal(plan).partition("; ")[2]
+        rows.append(
+            (
+                entry.gpu,
+                entry.method,
+                "[green]fits[/]" if plan.fits else "[red]no[/]",
+                gibibytes(plan.peak.upper_bytes),
+                gibibytes(plan.capacity_bytes),
+                duration(plan.step_seconds),
+                f"{plan.tokens_per_second:,.0f}",
+                escape(why),
+            )
+        )
+    print_table("", ["device", "method", "", ">upper bound", ">of", ">step", ">tokens/s", "what would fit"], rows)
 
 
 def refusal(plan: Plan) -> str:
@@ -144,7 +172,7 @@ def _print_time(plan: Plan) -> None:
     )
 
 
-def _print_alternatives(alternatives: list[Alternative]) -> None:
+def _print_alternatives(title: str, alternatives: list[Alternative]) -> None:
     if not alternatives:
         return
     rows = [
@@ -152,12 +180,13 @@ def _print_alternatives(alternatives: list[Alternative]) -> None:
             "[green]fits[/]" if alternative.fits else "[red]no[/]",
             gibibytes(alternative.peak.upper_bytes),
             duration(alternative.step_seconds),
+            gibibytes(alternative.peak.host_bytes),
             describe_schedule(alternative.schedule),
             escape(alternative.why),
         )
         for alternative in alternatives
     ]
-    print_table("Alternatives", ["", ">upper bound", ">step", "schedule", "why"], rows)
+    print_table(title, ["", ">upper bound", ">step", ">host", "schedule", "why"], rows)
     console().print()
 
 

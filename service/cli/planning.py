@@ -51,6 +51,13 @@ def plan(
     attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
     memory_limit: Annotated[str | None, typer.Option(help="Use at most this much of the device: 12GiB.")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Search for the fastest schedule that fits.")] = False,
+    largest: Annotated[
+        str | None, typer.Option("--max", help="Find the largest that fits: seq-len or micro-batch-size.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Several devices and methods: 'rtx-4090,h200:chunkft,full,lora'."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the footprint: FILE.png, .svg or .pdf.")] = None,
     timeline: Annotated[
         Path | None,
@@ -99,6 +106,17 @@ def plan(
         format_of(timeline)
     elif chunk is not None:
         raise InputError("chunk", "says of whose step a --timeline FILE.pickle is; give that too")
+    if compare is not None or largest is not None:
+        if plot is not None or timeline is not None or (compare is not None and largest is not None):
+            raise InputError(
+                "max" if largest is not None else "compare", "goes with no --plot, --timeline or other search"
+            )
+        asked = parse(PlanRequest, request)
+        if largest is not None:
+            show_largest(asked, largest, as_json=as_json)
+        else:
+            show_comparison(asked, compare or "", as_json=as_json)
+        return
     planned = show(parse(PlanRequest, request), as_json=as_json)
     if plot is not None:
         _draw(planned, plot, quiet=as_json)
@@ -119,6 +137,57 @@ def show(request: PlanRequest, *, as_json: bool) -> Plan:
 
         print_plan(planned)
     return planned
+
+
+def show_largest(request: PlanRequest, name: str, *, as_json: bool) -> None:
+    """Find the largest value of a field that fits, and print it with its plan.
+
+    Raises:
+        CommandError: not even the first step fits.
+    """
+    from planner.inverse import STEPS, largest
+
+    field = next((known for known in STEPS if known == name.replace("-", "_")), None)
+    if field is None:
+        raise InputError("max", f"must be seq-len or micro-batch-size (got {name!r})")
+    found = largest(request, field)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        from service.cli.plan_view import print_plan
+
+        if found.value:
+            print_plan(found.plan)
+            console().print(f"[bold]Largest {name} that fits: {found.value}[/] (in steps of {found.step})")
+        console().print(f"Not larger: {found.limit}", soft_wrap=True)
+    if not found.value:
+        raise CommandError(f"no {name} fits: {found.limit}", DOES_NOT_FIT)
+
+
+def show_comparison(request: PlanRequest, asked: str, *, as_json: bool) -> None:
+    """One model on several devices by several methods; entries that are refused say why.
+
+    Raises:
+        CommandError: none of them fits.
+    """
+    from planner.comparison import compare
+
+    devices, _, methods = asked.partition(":")
+    found = compare(
+        request.model,
+        [name.strip() for name in devices.split(",") if name.strip()],
+        [name.strip() for name in (methods or "chunkft,full").split(",") if name.strip()],
+        request.training,
+        request.memory_limit_bytes,
+    )
+    if as_json:
+        print_json([entry.model_dump(mode="json") for entry in found])
+    else:
+        from service.cli.plan_view import print_comparison
+
+        print_comparison(found)
+    if not any(entry.plan is not None and entry.plan.fits for entry in found):
+        raise CommandError("none of these fits", DOES_NOT_FIT)
 
 
 def require_fit(planned: Plan) -> None:

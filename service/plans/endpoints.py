@@ -13,7 +13,7 @@ from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession
 from service.examples import COMPARISON, PLAN
 from service.paging import OptionalText, Page, WindowDep
 from service.plans.repository import PlanRepository
-from service.plans.schemas import CompareRequest, Comparison, PlanSummary
+from service.plans.schemas import CompareRequest, Comparison, PlanSummary, Refusal
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
@@ -49,9 +49,9 @@ def list_plans(
 @router.post("/compare", dependencies=[PlanTurn])
 def compare_plans(
     request: Annotated[CompareRequest, Body(examples=[COMPARISON])], plans: PlansDep, caller: CallerDep
-) -> Page[Comparison]:
-    """One model against several devices and methods: a plan for each pair."""
-    return Page.of([Comparison.of(use) for use in plans.compare(caller.project, request)])
+) -> Page[Comparison | Refusal]:
+    """One model against several devices and methods: for each pair a plan, or an entry that says why there is none."""
+    return Page.of(plans.compare(caller.project, request))
 
 
 @router.get("/{plan_id}", response_model=Plan, responses={304: {"description": "Unchanged"}})

@@ -75,3 +75,19 @@ class Comparison(PlanSummary):
         peak = plan["peak"]
         figures = {name: peak[name] for name in ("allocated_bytes", "reserved_bytes", "device_bytes", "host_bytes")}
         return cls(**PlanSummary.of(use).model_dump(), **figures, tokens_per_second=plan["tokens_per_second"])
+
+
+class Refusal(Listed):
+    """One cell of a comparison that has no plan, and why; ``id`` is unique in the answer only."""
+
+    object: Literal["refusal"] = "refusal"
+    gpu: str
+    method: str
+    code: str
+    field: str | None
+    detail: str
+
+    @classmethod
+    def of(cls, gpu: str, method: str, code: str, detail: str, field: str | None = None) -> Refusal:
+        """The cell of a device and method."""
+        return cls(id=f"{gpu}:{method}", gpu=gpu, method=method, code=code, field=field, detail=detail)

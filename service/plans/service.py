@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from itertools import product
 
-from engine.spec import ModelConfig, ModelPath, TrainingSpec, parse
+from engine.errors import InputError
+from engine.spec import ModelConfig, ModelPath
 from planner.catalog import find_gpu
+from planner.comparison import single_request
 from planner.exports import Format
 from planner.planning import Planner as Planning
 from planner.planning import plan_id
@@ -14,10 +17,10 @@ from service.bounded import check_json
 from service.clock import Clock
 from service.db import Database, take_in_turn
 from service.db.tables import PlanRow, PlanUseRow
-from service.errors import Conflict
+from service.errors import Conflict, Unprocessable
 from service.operation.metrics import Metrics
 from service.plans.repository import PlanRepository
-from service.plans.schemas import CompareRequest
+from service.plans.schemas import CompareRequest, Comparison, Refusal
 from service.plans.worker import Planner
 from service.roots import Paths
 from service.settings import Settings
@@ -66,9 +69,30 @@ class PlanService:
             plans.add(use)
         return use, True
 
-    def compare(self, project: str, request: CompareRequest) -> list[PlanUseRow]:
-        """One plan per device and method, devices outermost."""
-        return [self.plan(project, single)[0] for single in _single_requests(request)]
+    def compare(self, project: str, request: CompareRequest) -> list[Comparison | Refusal]:
+        """A plan or a refusal per device and method, devices outermost; no new plan once one's longest time is over.
+
+        Raises:
+            InputError: every one is refused; names the first one's field.
+        """
+        found: list[Comparison | Refusal] = []
+        first: InputError | None = None
+        deadline = time.monotonic() + self._settings.plan_timeout_seconds
+        for gpu, method in product(request.gpus, request.methods):
+            name = gpu if isinstance(gpu, str) else gpu.name
+            try:
+                if time.monotonic() > deadline:
+                    raise Unprocessable("compare_timeout", "the entries before took all the time; ask for it alone")
+                asked = single_request(request.model, gpu, method, request.training, request.memory_limit_bytes)
+                found.append(Comparison.of(self.plan(project, asked)[0]))
+            except InputError as error:
+                first = first or error
+                found.append(Refusal.of(name, method, "invalid_input", error.message, error.field))
+            except Unprocessable as error:
+                found.append(Refusal.of(name, method, error.code, str(error)))
+        if first is not None and all(isinstance(each, Refusal) for each in found):
+            raise first
+        return found
 
     def timeline(self, project: str, plan_id: str) -> Timeline:
         """The plan's footprint over one cycle, thinned to its highest points where it is too long.
@@ -137,17 +161,3 @@ def thin(timeline: Timeline, max_points: int) -> Timeline:
 def _content_id(request: PlanRequest) -> str:
     """The id that the plan of a request has: of the request, what its names stand for, and the planner itself."""
     return plan_id(request, Planning(request))
-
-
-def _single_requests(request: CompareRequest) -> Iterator[PlanRequest]:
-    for gpu in request.gpus:
-        for method in request.methods:
-            values = request.training.model_dump() | {"method": method}
-            if method != "chunkft":
-                values["schedule"] = {"num_chunks": 1}
-            if method != "lora":
-                values["lora"] = None
-            training = parse(TrainingSpec, values)
-            yield PlanRequest(
-                model=request.model, gpu=gpu, memory_limit_bytes=request.memory_limit_bytes, training=training
-            )
