@@ -425,12 +425,19 @@ class Footprints:
         )
 
     def _rough_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
-        """The same estimated: temporaries of the update of one or two full blocks, states by their layout."""
+        """The same estimated from a few sizes that are traced; states by their layout.
+
+        Stands for the slice: one or two full blocks; below a block the next power of two, whose time is launches.
+        """
         if self.training.optimizer is Optimizer.ADAFACTOR or self.training.update_in_backward:
             return self._slice_figures(piece, schedule, update)
-        typical = Slice(piece.index, 0, BLOCK_NUMEL * min(2, -(-piece.numel // BLOCK_NUMEL)))
+        is_small = piece.numel < BLOCK_NUMEL
+        numel = (
+            1 << (piece.numel - 1).bit_length() if is_small else min(2, -(-piece.numel // BLOCK_NUMEL)) * BLOCK_NUMEL
+        )
+        typical = Slice(piece.index, 0, numel)
         (traced,) = self._all_figures(Chunk(0, (typical,)), schedule, update, rough=False)
-        share = piece.numel / typical.numel
+        share = 1.0 if is_small else piece.numel / numel
         states_bytes = self.states_bytes(piece, schedule)
         stays = states_bytes - traced.states_bytes if update.comes and not update.leaves else 0
         itemsize = self.training.trained_precision.itemsize
@@ -463,7 +470,8 @@ def place_name(place: int) -> str:
 
 def _phase_peaks(folded: FoldedStep, totals: Iterable[tuple[int, int]]) -> tuple[dict[str, int], int]:
     """Highest moment of each phase relative to the beginning of the step, and the step's change."""
-    live, peaks = 0, {}
+    live = 0
+    peaks: dict[str, int] = {}
     for segment, (highest, net) in zip(folded.segments, totals, strict=True):
         if segment.phase != "end":
             peaks[segment.phase] = max(peaks.get(segment.phase, 0), live + highest)

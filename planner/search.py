@@ -134,7 +134,7 @@ def _picked(outlines: Sequence[Outline], chosen: Evaluation, capacity_bytes: int
     keeping = pareto([each for each in fitting or outlines if each.schedule.states == chosen.schedule.states])
     preferred = [min(found, key=order) for found in (keeping, pool) for order in orders if found]
     picked: list[Outline] = []
-    known = [(chosen.peak.upper_bytes, chosen.step_seconds, chosen.peak.host_bytes)]
+    known: list[tuple[float, float, float]] = [(chosen.peak.upper_bytes, chosen.step_seconds, chosen.peak.host_bytes)]
     for outline in preferred:
         figures = _figures(outline)
         if any(all(a > _NOTABLE * b for a, b in zip(figures, each, strict=True)) for each in known):

@@ -93,6 +93,18 @@ def test_comparing_gives_a_plan_for_every_device_and_method(client):
     assert client.get(f"/v1/plans/{rows[3]['id']}").json()["request"]["training"]["schedule"]["num_chunks"] == 1
 
 
+def test_a_comparison_names_what_is_refused_and_plans_the_rest(client):
+    body = {"model": TINY_MODEL, "gpus": ["nosuch", "rtx-4090"], "methods": ["chunkft"]}
+    body["training"] = {"seq_len": 128, "schedule": {"num_chunks": 8}}
+    refused, planned = client.post("/v1/plans/compare", json=body).json()["data"]
+    assert (refused["object"], refused["gpu"], refused["field"]) == ("refusal", "nosuch", "gpu")
+    assert "no GPU named 'nosuch'" in refused["detail"]
+    assert (planned["object"], planned["fits"]) == ("plan", True)
+    body["gpus"] = ["nosuch"]
+    answer = client.post("/v1/plans/compare", json=body)
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "gpu")
+
+
 def test_what_does_not_fit_is_still_a_plan_and_names_alternatives(client):
     plan = client.post("/v1/plans", json=REQUEST | {"memory_limit_bytes": 2**20}).json()
     assert not plan["fits"]

@@ -47,6 +47,43 @@ def test_auto_names_the_schedule_that_it_chose(in_process, tiny):
     assert "all parameters at once" in done.stdout or " chunks, " in done.stdout
 
 
+def test_auto_shows_what_else_there_is(in_process, tiny):
+    done = in_process(*tiny, "--gpu", "rtx-4090", "--auto")
+    assert "What auto found" in done.stdout
+    assert "fastest that fits with nothing else changed" in done.stdout
+
+
+def test_the_largest_batch_that_fits(in_process, tiny):
+    limit = ("--gpu", "rtx-4090", "--chunks", "2", "--memory-limit", "0.6GiB", "--max", "micro-batch-size")
+    done = in_process(*tiny, *limit)
+    assert done.returncode == 0, done.stderr
+    value = int(done.stdout.partition("Largest micro-batch-size that fits: ")[2].split()[0])
+    assert f"Not larger: micro_batch_size {value + 1} lacks " in done.stdout
+    found = json.loads(in_process(*tiny, *limit, "--json").stdout)
+    assert (found["value"], found["plan"]["fits"]) == (value, True)
+    nothing = in_process(*tiny, *limit[:-3], "1MiB", *limit[-2:])
+    assert nothing.returncode == 3
+    assert nothing.stderr.startswith("chunkplan: no micro-batch-size fits: ")
+
+
+def test_several_devices_and_methods(in_process, tiny):
+    asked = (*tiny, "--chunks", "2", "--compare", "rtx-4090,nosuch:chunkft,full")
+    done = in_process(*asked)
+    assert done.returncode == 0, done.stderr
+    assert "no GPU named 'nosuch'" in done.stdout
+    entries = json.loads(in_process(*asked, "--json").stdout)
+    assert [entry["plan"] is None for entry in entries] == [False, False, True, True]
+
+
+def test_what_fits_a_device_and_what_holds_a_model(in_process):
+    done = in_process("gpus", "--model", "gpt2", "--seq-len", "16", "--chunks", "1", "--limit", "1", "--json")
+    (smallest,) = json.loads(done.stdout)
+    assert (smallest["model"], smallest["fits"]) == ("gpt2", True)
+    nothing = in_process("models", "--gpu", '{"name": "toy", "memory_bytes": 1000000}')
+    assert nothing.returncode == 3
+    assert "weights alone are" in nothing.stdout
+
+
 def test_a_local_folder_and_a_device_of_ones_own(in_process, models_dir):
     device = json.dumps({"name": "bench", "memory_bytes": 8 << 30})
     folder = models_dir / "smollm2-135m-instruct"
@@ -97,6 +134,9 @@ def test_a_timeline(in_process, tiny, tmp_path, name):
         (("--model", "gpt2", "--gpu", "rtx-4090", "--optimizer", "magic"), "training.optimizer: "),
         (("--model", "gpt2", "--gpu", "rtx-4090", "--memory-limit", "lots"), "memory_limit_bytes: must be a size"),
         (("--model", "gpt2", "--gpu", "rtx-4090", "--auto", "--chunks", "4"), "training.schedule: --auto chooses"),
+        (("--model", "gpt2", "--gpu", "rtx-4090", "--max", "speed"), "max: must be seq-len or micro-batch-size"),
+        (("--model", "gpt2", "--compare", "nosuch"), "gpu: no GPU named 'nosuch'"),
+        (("--model", "gpt2", "--compare", "h200:magic"), "training.method: "),
         (("--model", "./nowhere", "--gpu", "rtx-4090"), "model.path: cannot read"),
         (("--model", "gpt2", "--gpu", "rtx-4090", "--plot", "a.bmp"), "plot: must end in .png"),
         (("--model", "gpt2", "--gpu", "rtx-4090", "--timeline", "a.csv"), "timeline: must end in .perfetto.json"),

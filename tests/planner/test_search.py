@@ -1,0 +1,161 @@
+"""What auto finds, what fits, and what is said about it; every figure that is named is the plan of what it names."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from engine.errors import InputError
+from engine.spec import parse
+from planner import PlanRequest, plan
+from planner.comparison import compare
+from planner.inverse import largest
+from planner.planning import Planner
+from planner.search import candidates, choose, pareto
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1009,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+def request(gpu="rtx-4090", memory_limit_bytes=None, **training):
+    asked = {
+        "model": {"config": LLAMA},
+        "gpu": gpu,
+        "memory_limit_bytes": memory_limit_bytes,
+        "training": {"seq_len": 64, "schedule": "auto", **training},
+    }
+    return parse(PlanRequest, asked)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """An automatic plan, and everything that was a candidate."""
+    asked = request(micro_batch_size=2)
+    planner = Planner(asked)
+    return plan(asked), planner, candidates(planner, choose(planner))
+
+
+def test_the_front_begins_with_what_was_chosen(found):
+    answer, _, _ = found
+    chosen, *others = answer.pareto
+    assert (chosen.role, chosen.schedule, chosen.peak) == ("chosen", answer.schedule, answer.peak)
+    assert chosen.training.model_copy(update={"schedule": "auto"}) == answer.request.training
+    for other in others:
+        better = (
+            other.step_seconds < chosen.step_seconds,
+            other.peak.upper_bytes < chosen.peak.upper_bytes,
+            other.peak.host_bytes < chosen.peak.host_bytes,
+        )
+        assert any(better)
+        assert other.why.count(": ") >= 1
+
+
+def test_what_the_front_says_of_an_entry_is_its_plan(found):
+    answer, _, _ = found
+    for entry in answer.pareto:
+        asked = answer.request.model_copy(update={"training": entry.training})
+        again = plan(parse(PlanRequest, json.loads(asked.model_dump_json())))
+        assert (again.peak, again.step_seconds, again.fits) == (entry.peak, entry.step_seconds, entry.fits)
+
+
+def test_nothing_beats_the_front(found):
+    _, _, outlines = found
+    front = pareto(outlines)
+    assert len(outlines) >= 400
+    assert 0 < len(front) < len(outlines)
+
+    def beats(one, other):
+        return (
+            one.least_upper_bytes <= other.least_upper_bytes
+            and one.step_seconds <= other.step_seconds
+            and one.host_bytes <= other.host_bytes
+        )
+
+    assert all(any(beats(one, other) for one in front) for other in outlines)
+    assert not any(beats(one, other) for one in front for other in front if one is not other)
+
+
+def test_candidates_are_estimated_from_above(found):
+    _, planner, outlines = found
+    for outline in outlines[:: len(outlines) // 6]:
+        exact = planner.outline(outline.training, outline.schedule)
+        assert outline.allocated_bytes >= exact.allocated_bytes
+        assert outline.host_bytes == exact.host_bytes
+        assert outline.step_seconds == pytest.approx(exact.step_seconds, rel=0.1)
+
+
+def test_what_stands_in_the_way_is_named_in_bytes():
+    asked = request("cpu", seq_len=512, schedule={"num_chunks": 1})
+    whole = plan(asked)
+    limit = whole.peak.upper_bytes - 1
+    (nearest,) = plan(asked.model_copy(update={"memory_limit_bytes": limit})).alternatives
+    assert (nearest.role, nearest.fits) == ("nearest", True)
+    assert nearest.why.startswith("nearest that fits: ")
+    assert " chunks instead of 1; as asked, " in nearest.why
+    assert "MiB" in nearest.why or "bytes" in nearest.why
+    tiny = plan(asked.model_copy(update={"memory_limit_bytes": 2**20}))
+    assert (tiny.alternatives[0].role, tiny.alternatives[0].fits) == ("smallest", False)
+
+
+@pytest.mark.parametrize("field", ["seq_len", "micro_batch_size"])
+def test_the_largest_that_fits_fits_and_the_next_does_not(field):
+    roomy = plan(request(schedule={"num_chunks": 2}, **{field: 9 if field == "micro_batch_size" else 640}))
+    limit = roomy.peak.upper_bytes + 1000
+    asked = request(memory_limit_bytes=limit, schedule={"num_chunks": 2})
+    answer = largest(asked, field)
+    assert answer.plan.fits
+    assert answer.value >= (9 if field == "micro_batch_size" else 640)
+    assert getattr(answer.plan.request.training, field) == answer.value
+    beyond = asked.training.model_copy(update={field: answer.value + answer.step})
+    next_one = plan(asked.model_copy(update={"training": beyond}))
+    assert not next_one.fits
+    assert answer.limit.startswith(f"{field} {answer.value + answer.step} lacks ")
+    assert str(next_one.peak.upper_bytes - limit) in answer.limit
+
+
+def test_a_sequence_ends_where_the_model_does():
+    answer = largest(request(schedule={"num_chunks": 2}), "seq_len")
+    assert (answer.value, answer.limit) == (1024, "the model has 1024 positions")
+    nothing = largest(request(memory_limit_bytes=2**20, schedule={"num_chunks": 2}), "seq_len")
+    assert nothing.value == 0
+    assert not nothing.plan.fits
+
+
+def test_comparing_names_what_is_refused():
+    training = request(schedule={"num_chunks": 2}).training
+    found = compare({"config": LLAMA}, ["rtx-4090", "nosuch"], ["chunkft", "full"], training)
+    assert [(entry.gpu, entry.method, entry.field) for entry in found] == [
+        ("rtx-4090", "chunkft", None),
+        ("rtx-4090", "full", None),
+        ("nosuch", "chunkft", "gpu"),
+        ("nosuch", "full", "gpu"),
+    ]
+    assert found[0].plan.peak.upper_bytes < found[1].plan.peak.upper_bytes
+    with pytest.raises(InputError, match="nosuch"):
+        compare({"config": LLAMA}, ["nosuch"], ["chunkft"], training)
+
+
+ELSEWHERE = """
+import sys
+from planner import PlanRequest, plan
+print(plan(PlanRequest.model_validate_json(sys.argv[1])).model_dump_json())
+"""
+
+
+def test_the_same_request_is_the_same_plan_elsewhere(tmp_path, found):
+    """In another process, with other hash seeds and threads, and on an empty trace cache."""
+    answer, _, _ = found
+    environment = os.environ | {"CHUNKPLAN_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", ELSEWHERE, answer.request.model_dump_json()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(done.stdout) == answer.model_dump(mode="json")
