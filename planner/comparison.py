@@ -61,6 +61,8 @@ def single_request(
         values["schedule"] = {"num_chunks": 1}
     if method != "lora":
         values["lora"] = None
-    return PlanRequest(
-        model=model, gpu=gpu, memory_limit_bytes=memory_limit_bytes, training=parse(TrainingSpec, values)
-    )
+    try:
+        spec = parse(TrainingSpec, values)
+    except InputError as error:
+        raise InputError(f"training.{error.field}", error.message) from error
+    return PlanRequest(model=model, gpu=gpu, memory_limit_bytes=memory_limit_bytes, training=spec)
