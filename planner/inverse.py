@@ -19,8 +19,6 @@ from planner.spec import GpuSpec, Plan, PlanRequest, Result
 Grown = Literal["seq_len", "micro_batch_size"]
 STEPS: dict[Grown, int] = {"seq_len": 64, "micro_batch_size": 1}
 """The answer is a multiple of this."""
-_MOST_ATTEMPTS = 6
-"""Times that the allocator may contradict the arithmetic before the search gives up being exact."""
 
 
 class Largest(Result):
@@ -73,25 +71,23 @@ class _Growth:
         self._trainings: dict[int, TrainingSpec] = {}
 
     def run(self) -> Largest:
-        first = self._outline(self._step)
-        self._learn(first)
+        self._learn(self._outline(self._step))
         low, high = 0, self._most + self._step
-        for _ in range(_MOST_ATTEMPTS):
-            low = self._search(low, high)
-            if low == 0:
-                break
-            if not self._is_planned_to_fit(low):
-                high, low = low, 0
-                continue
-            following = low + self._step
-            if following > self._most:
-                return self._answer(low, self._most_why)
-            if not self._is_planned_to_fit(following):
-                return self._answer(low, self._why_not(following))
-            low = following
-        if low and self._is_planned_to_fit(low):
-            return self._answer(low, self._why_not(low + self._step))
-        return self._answer(0, self._why_not(self._step))
+        guess = self._search(low, high)
+        has_tried_next = False
+        while high - low > self._step:
+            if not low < guess < high:
+                guess = (low + high) // 2 // self._step * self._step
+            if self._is_planned_to_fit(guess):
+                low = guess
+                guess = 0 if has_tried_next else low + self._step
+                has_tried_next = True
+            else:
+                high = guess
+                guess = self._search(low, high)
+        if low == 0:
+            return self._answer(0, self._why_not(self._step))
+        return self._answer(low, self._most_why if high > self._most else self._why_not(high))
 
     def _search(self, low: int, high: int) -> int:
         """Largest multiple of the step in [``low``, ``high``) that seems to fit: it doubles, then halves the rest."""

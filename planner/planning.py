@@ -10,17 +10,21 @@ from engine.chunks import Chunk
 from engine.errors import InputError
 from engine.schedule import Schedule
 from engine.spec import ScheduleSpec, TrainingSpec
-from planner.cache import TraceStore, code_digest
+from planner.cache import TraceStore, cache_dir, code_digest
 from planner.calibration import Margin, calibration
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
-from planner.overheads import HOST_DATA_BYTES, PEFT_BYTES, Overheads, cpu_process_bytes, overheads
+from planner.overheads import HOST_DATA_BYTES, PEFT_BYTES, Overheads, cpu_process_bytes, host_threads, overheads
 from planner.replay import reserved_bytes
 from planner.segments import CATEGORIES
 from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
 
 PLANNER_VERSION = "2"
 MAX_MICRO_BATCH_TOKENS = 2**20
+_MOST_WARM = 2
+"""Models, specs and devices whose traces a process keeps: tens of megabytes each."""
+_WARM: dict[tuple[str, ...], Footprints] = {}
+"""The last ones, the newest at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +78,20 @@ class Planner:
             key = training.model_dump_json(exclude={"schedule"})
             self._keys[id(training)] = key, training
         if key not in self._footprints:
-            store = TraceStore(self.model.config, training, self.gpu.kind)
-            self._footprints[key] = Footprints(store, training, self.gpu)
+            self._footprints[key] = self._warm_footprints(key, training)
         return self._footprints[key]
+
+    def _warm_footprints(self, key: str, training: TrainingSpec) -> Footprints:
+        """Those of an earlier request of this process where it asked for the same model, spec and device."""
+        device = (self.gpu.model_dump_json(), str(host_threads()))
+        whole = (json.dumps(self.model.config, sort_keys=True), key, *device, str(cache_dir()))
+        found = _WARM.pop(whole, None)
+        if found is None:
+            found = Footprints(TraceStore(self.model.config, training, self.gpu.kind), training, self.gpu)
+        _WARM[whole] = found
+        while len(_WARM) > _MOST_WARM:
+            del _WARM[next(iter(_WARM))]
+        return found
 
     def outline(self, training: TrainingSpec, schedule: ScheduleSpec) -> Outline:
         """Every chunk's footprint, and what follows from it without the allocator."""

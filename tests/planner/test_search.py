@@ -140,7 +140,7 @@ def test_comparing_names_what_is_refused():
         ("nosuch", "chunkft", "gpu"),
         ("nosuch", "full", "gpu"),
     ]
-    assert found[0].plan.peak.upper_bytes < found[1].plan.peak.upper_bytes
+    assert found[0].plan.peak.allocated_bytes < found[1].plan.peak.allocated_bytes
     with pytest.raises(InputError, match="nosuch"):
         compare({"config": LLAMA}, ["nosuch"], ["chunkft"], training)
 
