@@ -23,7 +23,7 @@ LLAMA = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 512,
 }
 
 
@@ -109,12 +109,12 @@ def test_what_stands_in_the_way_is_named_in_bytes():
 
 @pytest.mark.parametrize("field", ["seq_len", "micro_batch_size"])
 def test_the_largest_that_fits_fits_and_the_next_does_not(field):
-    roomy = plan(request(schedule={"num_chunks": 2}, **{field: 9 if field == "micro_batch_size" else 640}))
+    roomy = plan(request(schedule={"num_chunks": 2}, **{field: 9 if field == "micro_batch_size" else 320}))
     limit = roomy.peak.upper_bytes + 1000
     asked = request(memory_limit_bytes=limit, schedule={"num_chunks": 2})
     answer = largest(asked, field)
     assert answer.plan.fits
-    assert answer.value >= (9 if field == "micro_batch_size" else 640)
+    assert answer.value >= (9 if field == "micro_batch_size" else 320)
     assert getattr(answer.plan.request.training, field) == answer.value
     beyond = asked.training.model_copy(update={field: answer.value + answer.step})
     next_one = plan(asked.model_copy(update={"training": beyond}))
@@ -125,7 +125,7 @@ def test_the_largest_that_fits_fits_and_the_next_does_not(field):
 
 def test_a_sequence_ends_where_the_model_does():
     answer = largest(request(schedule={"num_chunks": 2}), "seq_len")
-    assert (answer.value, answer.limit) == (1024, "the model has 1024 positions")
+    assert (answer.value, answer.limit) == (512, "the model has 512 positions")
     nothing = largest(request(memory_limit_bytes=2**20, schedule={"num_chunks": 2}), "seq_len")
     assert nothing.value == 0
     assert not nothing.plan.fits
