@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
@@ -72,6 +73,12 @@ async def _files(services: ServicesDep) -> FileService:
 
 
 async def _plan_turn(services: ServicesDep, caller: CallerDep) -> AsyncIterator[None]:
+    async with plan_turn(services, caller):
+        yield
+
+
+@asynccontextmanager
+async def plan_turn(services: Services, caller: Caller) -> AsyncIterator[None]:
     """Requests wait for the planner here, where they hold no thread that others could use."""
     settings, turns = services.settings, services.plan_turns
     quota, seconds = settings.quota_of(caller.project), settings.plan_queue_seconds

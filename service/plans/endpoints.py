@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from planner.exports import Format
 from planner.spec import Plan, PlanRequest, Timeline
-from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession
+from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession, ServicesDep, plan_turn
 from service.examples import COMPARISON, PLAN
 from service.paging import OptionalText, Page, WindowDep
 from service.plans.repository import PlanRepository
@@ -28,10 +29,16 @@ _FILE_TYPES: dict[Format, tuple[str, str]] = {
 _FILES: dict[str, Any] = {media_type: {} for media_type, _ in _FILE_TYPES.values()}
 
 
-@router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}}, dependencies=[PlanTurn])
-def create_plan(request: Annotated[PlanRequest, Body(examples=[PLAN])], plans: PlansDep, caller: CallerDep) -> Response:
+@router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}})
+async def create_plan(
+    request: Annotated[PlanRequest, Body(examples=[PLAN])], services: ServicesDep, caller: CallerDep
+) -> Response:
     """Plan a run without running it: 201 with the plan, 200 when the same request was planned before."""
-    use, is_new = plans.plan(caller.project, request)
+    plans, is_new = services.plans, False
+    use = await run_in_threadpool(plans.find, caller.project, request)  # what is known waits for no turn
+    if use is None:
+        async with plan_turn(services, caller):
+            use, is_new = await run_in_threadpool(plans.plan, caller.project, request)
     row = use.plan
     headers = {"Location": f"/v1/plans/{row.id}", "ETag": f'"{row.id}"'}
     return JSONResponse(row.plan, status_code=201 if is_new else 200, headers=headers)

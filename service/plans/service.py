@@ -57,6 +57,12 @@ class PlanService:
                 stored = self._row(self._planner.plan(request))
         return self._use(project, stored)
 
+    def find(self, project: str, request: PlanRequest) -> PlanUseRow | None:
+        """The plan of a request that the project has made before; raises as :meth:`plan` does. Needs no planner."""
+        plan_id = _content_id(self._checked(project, request))
+        with self._database.read() as session:
+            return PlanRepository(session).find_use(plan_id, project)
+
     def _use(self, project: str, row: PlanRow) -> tuple[PlanUseRow, bool]:
         """Stores that a project has asked for a plan, and the plan if nobody else had."""
         with self._database.write() as session:

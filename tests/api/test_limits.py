@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import anyio
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -13,6 +14,7 @@ from service.errors import TooMany
 from service.middleware import is_nested_deeper
 from service.settings import Quota, Settings
 from tests.api.requests import job_request
+from tests.conftest import TINY_MODEL
 
 CONTENT = b'{"text": "one"}\n'
 
@@ -95,6 +97,23 @@ def test_a_project_stores_so_much_however_fast_it_uploads(limited, settings):
     (file,) = client.get("/v1/files", headers=alpha).json()["data"]
     client.delete(f"/v1/files/{file['id']}", headers=alpha)
     assert upload(client, alpha).status_code == 201
+
+
+def test_a_known_plan_waits_for_no_turn(limited):
+    client, key = limited(max_plans_at_once=1, max_waiting_plans=0)
+    services, headers = client.app.state.services, key()
+    request = {"model": TINY_MODEL, "gpu": "rtx-4090", "training": {"seq_len": 128, "schedule": {"num_chunks": 8}}}
+    assert client.post("/v1/plans", json=request, headers=headers).status_code == 201
+
+    async def while_another_plans():
+        async with services.plan_turns.turn("project alpha", at_once=1):
+            transport = httpx.ASGITransport(client.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as caller:
+                known = await caller.post("/v1/plans", json=request)
+                new = await caller.post("/v1/plans", json=request | {"memory_limit_bytes": 2**30})
+                return known.status_code, new.status_code
+
+    assert anyio.run(while_another_plans) == (200, 429)
 
 
 def test_turns_are_taken_one_after_the_other_and_given_back():
