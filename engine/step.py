@@ -127,6 +127,7 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options:
     for batch in batches:
         total += float(compute_loss(model, batch, 1.0, options))
         num_tokens += num_counted_tokens(batch["labels"], task)
+        del batch  # before the next one is made
     model.train(was_training)
     return total / max(num_tokens, 1), num_tokens
 

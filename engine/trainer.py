@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -254,16 +254,31 @@ class Trainer:
         held_out = self.splits.evaluation
         if not held_out:
             return
-        size = self.training.micro_batch_size
-        batches = (self._tensors(held_out[i : i + size], -1 - i) for i in range(0, len(held_out), size))
-        loss, num_tokens = evaluate(self.model, batches, self.tuner.options)
+        samples: list[Sample] = []
+        loss, num_tokens = evaluate(self.model, self._held_out_batches(held_out, samples), self.tuner.options)
         if not math.isfinite(loss):
             raise Diverged(f"held-out loss is {loss} after update {step}; {self._advice()}")
         if step == 0:
             self.loss_watch.begin(loss, num_tokens)
         self.evaluations.append(Evaluation(step, loss))
         perplexity = math.exp(min(loss, 700.0))
-        self.report("eval", step=step, loss=loss, perplexity=perplexity, num_tokens=num_tokens)
+        self.report(
+            "eval",
+            step=step,
+            loss=loss,
+            perplexity=perplexity,
+            num_tokens=num_tokens,
+            samples=[sample.as_dict() for sample in samples],
+        )
+
+    def _held_out_batches(self, held_out: Sequence[Example], samples: list[Sample]) -> Iterator[dict[str, Tensor]]:
+        """Each within a window of the record that is open while its loss is computed; leaves the phase's sample."""
+        size = self.training.micro_batch_size
+        for i in range(0, len(held_out), size):
+            with self.profiler.step(), self.profiler.phase("evaluation"):
+                yield self._tensors(held_out[i : i + size], -1 - i)
+            (sample,) = self.profiler.samples
+            samples[:] = [sample.merge(known) for known in samples] or [sample]
 
     def _save(self) -> None:
         notes = {
@@ -273,9 +288,16 @@ class Trainer:
             "loss_sums": self.loss_sums,
         }
         keep = self.training.checkpoints_to_keep
-        saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint(), notes, keep)
-        path = saved.path.relative_to(self.run_dir)
-        self.report("checkpoint", step=saved.step, path=str(path), size_bytes=saved.size_bytes, sha256=saved.sha256)
+        with self.profiler.step(), self.profiler.phase("checkpoint"):
+            saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint(), notes, keep)
+        self.report(
+            "checkpoint",
+            step=saved.step,
+            path=str(saved.path.relative_to(self.run_dir)),
+            size_bytes=saved.size_bytes,
+            sha256=saved.sha256,
+            samples=[sample.as_dict() for sample in self.profiler.samples],
+        )
 
     def _report_started(self, resumed_step: int) -> None:
         self.report(

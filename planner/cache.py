@@ -145,6 +145,19 @@ class TraceStore:
             self._steps[key] = trace
         return self._steps[key]
 
+    def evaluation(self) -> StepTrace:
+        """A forward pass over a held-out batch, on the distinct layers."""
+        key = "evaluation"
+        if key not in self._steps:
+            known = self._content["steps"].get(key)
+            if known is None:
+                trace = self._model_tracer().trace_evaluation()
+                self._content["steps"][key] = trace.to_json()
+            else:
+                trace = StepTrace.from_json(known)
+            self._steps[key] = trace
+        return self._steps[key]
+
     def update(
         self, numel: int, num_columns: int, schedule: ScheduleSpec, *, comes: bool, leaves: bool, is_shared: bool
     ) -> StepTrace:

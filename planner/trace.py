@@ -24,7 +24,7 @@ from engine.lora import add_adapters
 from engine.loss import block_rows
 from engine.models import decoder_layers, layer_lists, meta_model
 from engine.spec import CheckpointedLayers, TrainingSpec
-from engine.step import StepOptions, forward_backward, prepared
+from engine.step import StepOptions, compute_loss, forward_backward, prepared
 from engine.stream import ParameterStream
 from engine.tasks import Task, task_of
 from planner.autocast import traced_autocast
@@ -127,19 +127,55 @@ class ModelTracer:
         kept = [index for run in layer_runs(roles.layers) for index in run.traced]
         return self.trace_layers(chunk, kept, expands=expands)
 
+    def trace_evaluation(self) -> StepTrace:
+        """The loss of a held-out batch, as :func:`engine.step.evaluate` computes it, on the distinct layers only."""
+        kept = [index for run in layer_runs(self.structure().signatures) for index in run.traced]
+        mode = MemoryTrace(self.device_kind)
+        with ExitStack() as stack:
+            self._enter(stack, mode, kept)
+            self.model.eval()
+            stack.callback(self.model.train)
+            stack.enter_context(torch.no_grad())
+            with mode:
+                with _refusals(f"an evaluation of {type(self.model).__name__}"):
+                    compute_loss(self.model, self._batch(mode), 1.0, self._options(kept))
+                mode.enter_segment("end", EMBED)
+        return self._finish(mode, {}, [])
+
+    def _enter(self, stack: ExitStack, mode: MemoryTrace, kept: list[int]) -> list[torch.Size]:
+        """What makes a forward pass one of the device's, watched; see :func:`traced_kernels` for what it returns."""
+        stack.enter_context(self._reduced(kept))
+        asked = stack.enter_context(traced_kernels(self.device_kind, packing=self.training.packing))
+        if self.training.autocast != "none":
+            stack.enter_context(traced_autocast(self.device_kind, self.layers))
+        stack.enter_context(self._segment_hooks(mode, kept))
+        stack.enter_context(prepared(self.model, self._options(kept)))
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            mode.ignore(tensor)
+        return asked
+
+    def _batch(self, mode: MemoryTrace) -> dict[str, Tensor]:
+        """A micro-batch, in the first segment of a forward pass."""
+        mode.enter_segment("forward", EMBED)
+        mode.category = _OTHER
+        names = ["input_ids", "labels"]
+        if self.task is not Task.CAUSAL:  # with padding in it: the mask takes memory
+            names.append("attention_mask")
+        if self.task is Task.SEQ2SEQ:
+            names.append("decoder_input_ids")
+        if self.training.packing:
+            names.append("position_ids")
+        shape = (self.training.micro_batch_size, self.training.seq_len)
+        batch = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
+        mode.category = _ACTIVATIONS
+        return batch
+
     def trace_layers(self, chunk: Chunk, kept: list[int], *, expands: bool = False) -> StepTrace:
         """The same on the given layers; with all of them nothing is left to compose."""
         training = self.training
         mode = MemoryTrace(self.device_kind, self._known)
         with ExitStack() as stack:
-            stack.enter_context(self._reduced(kept))
-            asked = stack.enter_context(traced_kernels(self.device_kind, packing=training.packing))
-            if training.autocast != "none":
-                stack.enter_context(traced_autocast(self.device_kind, self.layers))
-            stack.enter_context(self._segment_hooks(mode, kept))
-            stack.enter_context(prepared(self.model, self._options(kept)))
-            for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                mode.ignore(tensor)
+            asked = self._enter(stack, mode, kept)
             expansion = self._expansion(mode) if expands else None
             on_gradient = _release if training.update_in_backward else None
             active = stack.enter_context(Activation(self.stream, chunk, expansion, on_gradient))
@@ -151,19 +187,7 @@ class ModelTracer:
             taking_part = self._taking_part(active, kept)
             gradients = stack.enter_context(_watched_gradients(mode, taking_part))
             with mode:
-                mode.enter_segment("forward", EMBED)
-                mode.category = _OTHER
-                shape = (training.micro_batch_size, training.seq_len)
-                input_ids = torch.empty(shape, dtype=torch.int64, device="meta")
-                labels = torch.empty(shape, dtype=torch.int64, device="meta")
-                batch = {"input_ids": input_ids, "labels": labels}
-                if self.task is not Task.CAUSAL:  # with padding in it: the mask takes memory
-                    batch["attention_mask"] = torch.empty(shape, dtype=torch.int64, device="meta")
-                if self.task is Task.SEQ2SEQ:
-                    batch["decoder_input_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
-                if training.packing:
-                    batch["position_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
-                mode.category = _ACTIVATIONS
+                batch = self._batch(mode)
                 with _refusals(f"a training step of {type(self.model).__name__}"):
                     forward_backward(self.model, batch, 1.0, self._options(kept), _Phases(mode))
                 if training.packing and not asked:
