@@ -100,6 +100,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if log_norms is not None:
                 log_norms[part] = log_norm
             if d_hidden is None and d_bias is None:
+                del logits, tanh  # before the next block's are made
                 continue
             d_logits = _softmax_gradient_(logits, labels[part], 0, denominator)
             d_logits = transform.backward_(d_logits, tanh)

@@ -276,7 +276,7 @@ class Trainer:
         size = self.training.micro_batch_size
         for i in range(0, len(held_out), size):
             with self.profiler.step(), self.profiler.phase("evaluation"):
-                yield self._tensors(held_out[i : i + size], -1 - i)
+                yield self._tensors(list(held_out[i : i + size]), -1 - i)
             (sample,) = self.profiler.samples
             samples[:] = [sample.merge(known) for known in samples] or [sample]
 

@@ -15,7 +15,7 @@ from planner.fold import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, S
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from planner.spec import GpuSpec
 from planner.structure import ModelStructure, chunk_roles, stand_ins
-from planner.timing import Rates, rates, transfer_seconds
+from planner.timing import Passage, Rates, passage, rates, transfer_seconds
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
 _STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other")
@@ -93,7 +93,8 @@ class _SliceFigures:
     peak: int
     net: int
     seconds: float
-    transfer_seconds: float
+    """Of the update alone."""
+    passage: Passage
     states_bytes: int
     """On the device."""
 
@@ -132,6 +133,7 @@ class Footprints:
         self._kept: dict[tuple[int, StateLayout], int] = {}
         self._resident: dict[str, Bytes] = {}
         self._estimates: dict[tuple[Hashable, ...], tuple[int, float]] = {}
+        self._largest: dict[int, Chunk] = {}
         self._partitions: dict[int, list[Chunk]] = {}
 
     def chunks(self, num_chunks: int) -> list[Chunk]:
@@ -141,6 +143,12 @@ class Footprints:
         if num_chunks not in self._partitions:
             self._partitions[num_chunks] = partition(self.structure.parameters, num_chunks)
         return self._partitions[num_chunks]
+
+    def largest_chunk(self, num_chunks: int) -> Chunk:
+        """The one with most parameters."""
+        if num_chunks not in self._largest:
+            self._largest[num_chunks] = max(self.chunks(num_chunks), key=lambda chunk: chunk.num_parameters)
+        return self._largest[num_chunks]
 
     def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
         """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
@@ -163,6 +171,20 @@ class Footprints:
             moments = self._moments(chunk, step, schedule, update)
             highest = max(highest, moments, key=lambda items: max((m.allocated_bytes for m in items), default=0))
         return highest
+
+    def evaluation_bytes(self) -> int:
+        """Highest moment of a held-out batch's forward pass, on top of what is live between two updates."""
+        folded = self._folded(self.store.evaluation())
+        copies = Copies.of(layer_runs(self.structure.signatures))
+        peaks, _ = _phase_peaks(folded, folded.totals(copies, folded.sizes(copies, (), 0)))
+        return max(peaks.values())
+
+    def dense_seconds(self, schedule: ScheduleSpec) -> float:
+        """Of one update of all parameters whose states are on the device, before and after: dense fine-tuning."""
+        (chunk,) = self.chunks(1)
+        dense = schedule.model_copy(update={"num_chunks": 1, "expansion": "none"})
+        step = self._step(chunk, expands=False)
+        return self._figures(chunk, step, dense, Update(comes=False, leaves=False))[1]
 
     def _step(self, chunk: Chunk, *, expands: bool) -> _Step:
         first, last = chunk.slices[0], chunk.slices[-1]
@@ -321,8 +343,7 @@ class Footprints:
             if not training.update_in_backward:
                 highest = max(highest, live + figures.peak)
                 live += figures.net - (figures.states_bytes if leaves else 0)
-            seconds += figures.seconds
-            seconds += figures.transfer_seconds
+        seconds += self._passages_seconds((figures.passage for figures in slices), update)
         return peaks | {"optimizer": highest}, seconds
 
     def _moments(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update) -> list[Moment]:
@@ -353,8 +374,7 @@ class Footprints:
                 live = added(live, summary.net)
                 if update.leaves and not update.comes:
                     live = _more(live, _STATES, -self.states_bytes(piece, schedule))
-            begin += self._seconds(summary.work)
-            begin += self._transfer_seconds(piece, schedule, update)
+            begin += self._passage(piece, schedule, update, self._seconds(summary.work)).steady
         if training.update_in_backward:
             moments.append(Moment("optimizer", "end", begin, live))
         return moments
@@ -420,7 +440,7 @@ class Footprints:
             peak=sum(rule.peak),
             net=sum(rule.net),
             seconds=self._seconds(rule.work),
-            transfer_seconds=self._transfer_seconds(piece, schedule, update),
+            passage=self._passage(piece, schedule, update, self._seconds(rule.work)),
             states_bytes=self.states_bytes(piece, schedule),
         )
 
@@ -448,16 +468,24 @@ class Footprints:
             peak=traced.peak + max(stays, 0),
             net=traced.net + stays + smaller,
             seconds=traced.seconds * share,
-            transfer_seconds=self._transfer_seconds(piece, schedule, update),
+            passage=self._passage(piece, schedule, update, traced.seconds * share),
             states_bytes=states_bytes,
         )
 
-    def _transfer_seconds(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> float:
+    def _passage(self, piece: Slice, schedule: ScheduleSpec, update: Update, seconds: float) -> Passage:
+        """A slice's update of so many seconds, with what its states' way to the device and back adds to it."""
         if self.gpu.kind == "cpu":
-            return 0.0
-        # What passes through comes and leaves at the same time, one block after the other.
-        num_ways = 1 if self._is_shared(update) else update.comes + update.leaves
-        return num_ways * transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
+            return Passage(seconds, 0.0)  # copies are part of the traced work there
+        one_way = transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
+        num_blocks = len(StateLayout.of(self.training, schedule).blocks(piece.numel, self._num_columns(piece)))
+        bring, send = one_way * update.comes, one_way * update.leaves
+        return passage(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
+
+    def _passages_seconds(self, passages: Iterable[Passage], update: Update) -> float:
+        """Of slices one after another; where they share their buffers there is no pause between them."""
+        passages = list(passages)
+        edges = [each.edges for each in passages]
+        return sum(each.steady for each in passages) + (max(edges) if self._is_shared(update) else sum(edges))
 
     def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
         return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
@@ -469,12 +497,16 @@ def place_name(place: int) -> str:
 
 
 def _phase_peaks(folded: FoldedStep, totals: Iterable[tuple[int, int]]) -> tuple[dict[str, int], int]:
-    """Highest moment of each phase relative to the beginning of the step, and the step's change."""
-    live = 0
-    peaks: dict[str, int] = {}
+    """Highest moment of each phase relative to the beginning of the step, and the step's change.
+
+    ``loss`` is the end of ``forward``: final norm, head and loss.
+    """
+    live, peaks = 0, dict[str, int]()
     for segment, (highest, net) in zip(folded.segments, totals, strict=True):
         if segment.phase != "end":
             peaks[segment.phase] = max(peaks.get(segment.phase, 0), live + highest)
+        if segment.phase == "forward" and segment.place == HEAD:
+            peaks["loss"] = max(peaks.get("loss", 0), live + highest)
         live += net
     return peaks, live
 

@@ -15,9 +15,23 @@ from planner.calibration import Margin, calibration
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
 from planner.overheads import HOST_DATA_BYTES, PEFT_BYTES, Overheads, cpu_process_bytes, host_threads, overheads
+from planner.phases import host_phases, run_phases
 from planner.replay import reserved_bytes
+from planner.run_time import run_time, tokens_per_update
 from planner.segments import CATEGORIES
-from planner.spec import Breakdown, ChunkPlan, GpuSpec, ModelFacts, Peak, Plan, PlanRequest, Timeline, TimelinePoint
+from planner.spec import (
+    Breakdown,
+    ChunkPlan,
+    GpuSpec,
+    ModelFacts,
+    Peak,
+    PhasePeak,
+    Plan,
+    PlanRequest,
+    RunTime,
+    Timeline,
+    TimelinePoint,
+)
 
 PLANNER_VERSION = "2"
 MAX_MICRO_BATCH_TOKENS = 2**20
@@ -168,19 +182,34 @@ class Planner:
         self, footprints: Footprints, schedule: ScheduleSpec, allocated: int, reserved: int
     ) -> tuple[int, int]:
         extra, structure = self.overheads, footprints.structure
-        slabs = footprints.kept_bytes(schedule)
-        runtime = extra.runtime_bytes + (0 if footprints.training.lora is None else PEFT_BYTES)
+        runtime = self._runtime_bytes(footprints.training)
         if self.gpu.kind == "cpu":
             process = cpu_process_bytes(
                 runtime,
                 structure.num_parameters,
                 structure.parameter_bytes,
                 allocated,
-                slabs,
+                footprints.kept_bytes(schedule),
                 footprints.training.compute_precision.itemsize,
             )
             return process, process
-        return reserved + extra.context_bytes, slabs + runtime
+        return reserved + extra.context_bytes, runtime + max(host_phases(footprints, schedule).values())
+
+    def _runtime_bytes(self, training: TrainingSpec) -> int:
+        return self.overheads.runtime_bytes + (0 if training.lora is None else PEFT_BYTES)
+
+    def phases(self, chosen: Evaluation) -> list[PhasePeak]:
+        """The highest moments of the run's phases."""
+        footprints, extra = self.footprints(chosen.training), self.overheads
+        found = run_phases(
+            footprints,
+            chosen.chunks,
+            chosen.schedule,
+            workspaces_bytes=extra.workspace_bytes * extra.num_workspaces,
+            runtime_bytes=self._runtime_bytes(chosen.training),
+        )
+        footprints.store.save()
+        return found
 
     def floor_bytes(self, training: TrainingSpec) -> int:
         """Device bytes that no schedule goes below: weights, libraries, context, and the bound's fixed part."""
@@ -220,7 +249,9 @@ def plan(request: PlanRequest) -> Plan:
         chunks=[_chunk_plan(planner, chosen, footprint) for footprint in chosen.chunks],
         schedule=chosen.schedule,
         step_seconds=chosen.step_seconds,
-        tokens_per_second=_tokens(chosen.training) / chosen.step_seconds,
+        tokens_per_second=tokens_per_update(chosen.training) / chosen.step_seconds,
+        time=_time(planner, chosen),
+        phases=planner.phases(chosen),
         alternatives=alternatives(planner, chosen),
         pareto=front(planner, chosen),
         warnings=_warnings(planner, chosen),
@@ -254,8 +285,12 @@ def plan_id(request: PlanRequest, planner: Planner) -> str:
     return f"plan_{digest[:24]}"
 
 
-def _tokens(training: TrainingSpec) -> int:
-    return training.seq_len * training.micro_batch_size * training.gradient_accumulation_steps
+def _time(planner: Planner, chosen: Evaluation) -> RunTime:
+    dense = None
+    if chosen.training.lora is None:
+        dense = planner.footprints(chosen.training).dense_seconds(chosen.schedule)
+    training, length = chosen.training, planner.request.run
+    return run_time(chosen.step_seconds, dense, training, chosen.schedule, planner.gpu, length)
 
 
 def _facts(planner: Planner, training: TrainingSpec) -> ModelFacts:

@@ -20,6 +20,7 @@ from planner.compose import ComposedSegment, compose
 from planner.footprint import ChunkFootprint, Footprints, Update, place_name, updates_of_visit
 from planner.overheads import Overheads
 from planner.segments import CATEGORIES
+from planner.structure import stand_ins
 
 BASE_ADDRESS = 0x7F00_0000_0000
 PICKLE_PROTOCOL = 4
@@ -222,14 +223,15 @@ class _Walk:
     def _update(self, footprint: ChunkFootprint, update: Update, states: list[int]) -> list[int]:
         training, chunk = self._footprints.training, footprint.chunk
         itemsize = training.trained_precision.itemsize
-        numels = [piece.numel for piece in chunk.slices]
+        slices = stand_ins(self._footprints.structure, chunk, footprint.runs)
+        numels = [chunk.slices[ordinals[0]].numel for ordinals in slices]
         gradients: dict[int, int] = {}
         if training.gradient_accumulation_steps > 1:
             label = ("gradients", "earlier micro-batches", f"chunk {chunk.index} accumulation")
-            gradients = {i: self._take(numel * itemsize, label) for i, numel in enumerate(numels)}
+            gradients = {i: self._take(piece.numel * itemsize, label) for i, piece in enumerate(chunk.slices)}
         live: dict[int, tuple[int, int]] = {}
         staying: list[int] = []
-        for segment in compose(footprint.trace, footprint.runs, numels, itemsize):
+        for segment in compose(footprint.trace, footprint.runs, numels, itemsize, slices):
             labels = _labels(footprint, segment)
             for number, size_bytes, ordinal in segment.events:
                 if size_bytes >= 0:
@@ -245,7 +247,7 @@ class _Walk:
         buffers = [self._take(size, label) for size in self._footprints.buffers(chunk, self._schedule, update)]
         for position, block in sorted(gradients.items()):
             staying += self._update_slice(footprint, chunk.slices[position], update, block)
-        rest = [block for block, _ in live.values() if block not in gradients.values()]
+        rest = [block for block, ordinal in live.values() if ordinal < 0]
         for block in [*buffers, *rest, *(states if update.leaves else [])]:
             self._recorder.give(block)
         return staying if update.comes else states

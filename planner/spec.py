@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.spec import ModelRef, ScheduleSpec, SpecModel, TrainingSpec
 
@@ -52,6 +52,25 @@ class GpuSpec(SpecModel):
     source: str = "given in the request"
 
 
+class RunLength(SpecModel):
+    """How long a run is: exactly one of ``max_steps`` and ``dataset_tokens``, or both without ``epochs``."""
+
+    dataset_tokens: Annotated[int, Field(ge=1, le=2**60)] | None = None
+    """Of one epoch, with padding: rows × ``seq_len`` where rows are not packed."""
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Of the data set; default 1."""
+    max_steps: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    """Optimizer updates."""
+
+    @model_validator(mode="after")
+    def _is_known(self) -> RunLength:
+        if self.max_steps is None and self.dataset_tokens is None:
+            raise ValueError("give dataset_tokens, max_steps, or both")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("give max_steps or epochs, not both")
+        return self
+
+
 GpuRef = Annotated[str, Field(min_length=1, max_length=128)] | GpuSpec
 
 
@@ -64,6 +83,8 @@ class PlanRequest(SpecModel):
     memory_limit_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
     """Use at most this much of the device; None uses all of it."""
     training: TrainingSpec = Field(default_factory=TrainingSpec)
+    run: RunLength | None = None
+    """Only for the plan's ``time``."""
 
 
 class Result(BaseModel):
@@ -147,6 +168,39 @@ class Alternative(Result):
     why: str
 
 
+class PhasePeak(Result):
+    """The highest moment of one phase over the whole run. Bytes."""
+
+    phase: str
+    """load; forward, loss (the end of forward), backward and optimizer of a step; switch (between two chunks);
+    evaluation; checkpoint; export."""
+    allocated_bytes: int
+    """On the device."""
+    host_bytes: int | None
+    """Of the process; None where the device is the host: ``Peak.device_bytes`` is of all phases there."""
+    chunk_index: int | None
+    """Which chunk's step it is; None outside of steps."""
+
+
+class RunTime(Result):
+    """How long, how much energy, how much money: of training steps alone, without loading, evaluations and writing."""
+
+    cycle_seconds: float
+    """Until every chunk was visited once."""
+    dense_step_seconds: float | None
+    """Of dense fine-tuning: the same update of all parameters, their states on the device, whether it fits or not.
+    None with adapters."""
+    num_updates: int | None = None
+    """Of the run; like what follows None unless the request says how long it is."""
+    epoch_seconds: float | None = None
+    """None unless the request has ``dataset_tokens``."""
+    run_seconds: float | None = None
+    energy_kwh: float | None = None
+    """At the device's highest sustained power; None when it is not known."""
+    cost_usd: float | None = None
+    """At the device's rent; None when it is not known."""
+
+
 class Plan(Result):
     """The answer. Content-addressed: the same request and planner version give the same id."""
 
@@ -165,6 +219,9 @@ class Plan(Result):
     step_seconds: float
     """Mean over a cycle of one optimizer update."""
     tokens_per_second: float
+    time: RunTime | None = None
+    """None in plans of earlier versions, like ``phases``."""
+    phases: list[PhasePeak] | None = None
     alternatives: list[Alternative]
     """When it does not fit: what does, or the smallest there is."""
     pareto: list[Alternative] = []
