@@ -218,6 +218,8 @@ def fused_linear_cross_entropy(
         target, dense, rows = cut.leaf, cut.weight, (cut.start, cut.stop)
     else:
         target, dense, rows = weight, weight.detach(), (0, weight.shape[0])
+    if not torch.is_grad_enabled():  # a function is told which inputs require gradients, not whether anybody wants them
+        hidden, target, bias = hidden.detach(), target.detach(), None if bias is None else bias.detach()
     result: Tensor = _FusedLinearCrossEntropy.apply(
         hidden, target, bias, dense, labels, float(denominator), rows, transform or LogitTransform()
     )

@@ -67,6 +67,7 @@ def print_plan(plan: Plan) -> None:
     )
     _print_peak(plan)
     _print_chunks(plan)
+    _print_phases(plan)
     _print_time(plan)
     _print_alternatives("Alternatives", plan.alternatives)
     _print_alternatives("What auto found", plan.pareto)
@@ -164,12 +165,45 @@ def _shown(chunks: list[ChunkPlan]) -> list[ChunkPlan]:
     return [chunk for chunk in chunks if chunk.index in kept]
 
 
+def _print_phases(plan: Plan) -> None:
+    """Of the run; the host's memory where it is another."""
+    phases = plan.phases or []
+    has_host = any(phase.host_bytes is not None for phase in phases)
+    rows = [
+        (
+            phase.phase,
+            gibibytes(phase.allocated_bytes),
+            "" if phase.host_bytes is None else gibibytes(phase.host_bytes),
+            "" if phase.chunk_index is None else f"chunk {phase.chunk_index}",
+        )
+        for phase in phases
+    ]
+    if rows:
+        print_table("Phases of the run", ["", ">allocated", ">host" if has_host else "", "highest in"], rows)
+        console().print()
+
+
 def _print_time(plan: Plan) -> None:
     updates = plan.schedule.num_chunks * plan.schedule.switch_every
     cycle = f", a cycle of {updates} updates {duration(updates * plan.step_seconds)}" if updates > 1 else ""
+    time = plan.time
+    dense = ""
+    if time is not None and time.dense_step_seconds is not None and plan.schedule.num_chunks > 1:
+        dense = f"; {plan.step_seconds / time.dense_step_seconds:.2f} of a dense update"
     console().print(
-        f"[bold]Time[/]: {duration(plan.step_seconds)} per update{cycle}; {plan.tokens_per_second:,.0f} tokens/s\n"
+        f"[bold]Time[/]: {duration(plan.step_seconds)} per update{cycle}; "
+        f"{plan.tokens_per_second:,.0f} tokens/s{dense}",
+        soft_wrap=True,
     )
+    if time is not None and time.run_seconds is not None:
+        epoch = f", {duration(time.epoch_seconds)} per epoch" if time.epoch_seconds is not None else ""
+        energy = f", {time.energy_kwh:,.2f} kWh" if time.energy_kwh is not None else ""
+        cost = f", ${time.cost_usd:,.2f}" if time.cost_usd is not None else ""
+        console().print(
+            f"[bold]Run[/]: {time.num_updates:,} updates in {duration(time.run_seconds)}{epoch}{energy}{cost}",
+            soft_wrap=True,
+        )
+    console().print()
 
 
 def _print_alternatives(title: str, alternatives: list[Alternative]) -> None:

@@ -50,6 +50,11 @@ def plan(
     loss: Annotated[str | None, typer.Option(help="fused or standard.")] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
     memory_limit: Annotated[str | None, typer.Option(help="Use at most this much of the device: 12GiB.")] = None,
+    dataset_tokens: Annotated[
+        int | None, typer.Option(help="Of an epoch, padding included: for the time and cost of the whole run.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of --dataset-tokens; by default 1.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer updates of the whole run.")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Search for the fastest schedule that fits.")] = False,
     largest: Annotated[
         str | None, typer.Option("--max", help="Find the largest that fits: seq-len or micro-batch-size.")
@@ -99,6 +104,7 @@ def plan(
         "model": model_reference(model),
         "gpu": device_reference(gpu),
         "memory_limit_bytes": None if memory_limit is None else parse_bytes("memory_limit_bytes", memory_limit),
+        "run": _given({"dataset_tokens": dataset_tokens, "epochs": epochs, "max_steps": max_steps}) or None,
         "training": _given(training)
         | ({"update_in_backward": True, "max_grad_norm": None} if update_in_backward else {}),
     }

@@ -152,6 +152,18 @@ def test_logits_of_all_tokens_never_exist():
     assert peaks["fused"] < 1.1 * logits_bytes < 2 * logits_bytes <= peaks["standard"]
 
 
+def test_an_evaluation_makes_no_gradients_and_keeps_one_block_of_logits():
+    num_tokens, width, vocab_size = 3 * block_tokens(8000), 600, 8000
+    hidden, head = torch.randn(num_tokens, width), nn.Parameter(torch.randn(vocab_size, width))
+    labels, profiler = torch.arange(num_tokens), CpuProfiler()
+    with profiler.step(), profiler.phase("evaluation"), torch.no_grad():
+        loss = fused_linear_cross_entropy(hidden, head, labels, 1.0)
+    assert not loss.requires_grad
+    (sample,) = profiler.samples
+    block_bytes = 4 * vocab_size * block_tokens(vocab_size)
+    assert block_bytes <= sample.allocated_bytes < 1.1 * block_bytes < head.nbytes
+
+
 def test_a_model_whose_own_loss_is_another_is_refused():
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, args, output: output * 3.0)
