@@ -130,7 +130,7 @@ class ModelTracer:
     def trace_evaluation(self) -> StepTrace:
         """The loss of a held-out batch, as :func:`engine.step.evaluate` computes it, on the distinct layers only."""
         kept = [index for run in layer_runs(self.structure().signatures) for index in run.traced]
-        mode = MemoryTrace(self.device_kind)
+        mode = MemoryTrace(self.device_kind, self._known)
         with ExitStack() as stack:
             self._enter(stack, mode, kept)
             self.model.eval()
