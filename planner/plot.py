@@ -1,7 +1,8 @@
-"""Draws a footprint: live memory by category over one cycle, the device's capacity, each chunk's peaks. No torch.
+"""Draws a plan: live memory by category over one cycle, the capacity, each chunk's peaks, the front. No torch.
 
 Two panels share the time axis. The upper one leaves the weights out, which are constant and would flatten everything
-else; the middle one shows all memory against the capacity. The lower one has each chunk's peak in each phase.
+else; the middle one shows all memory against the capacity. Below: each chunk's peak in each phase, and what
+``auto`` found.
 """
 
 from __future__ import annotations
@@ -57,10 +58,9 @@ def picture(plan: Plan, timeline: Timeline, form: Literal["png", "svg"]) -> byte
 
 
 def _draw(plan: Plan, timeline: Timeline) -> Figure:
-    has_chunks = len(plan.chunks) > 1
-    height = 6.4 + (2.2 if has_chunks else 0)
-    figure = Figure(figsize=(11, height), dpi=160, facecolor="white", layout="constrained")
-    grid = figure.add_gridspec(3 if has_chunks else 2, 1, height_ratios=[3, 1.25, 1.35][: 2 + has_chunks])
+    panels = [draw for draw, is_due in ((_chunk_peaks, len(plan.chunks) > 1), (_front, len(plan.pareto) > 1)) if is_due]
+    figure = Figure(figsize=(11, 6.4 + 2.4 * len(panels)), dpi=160, facecolor="white", layout="constrained")
+    grid = figure.add_gridspec(2 + len(panels), 1, height_ratios=[3, 1.25, *[1.5] * len(panels)])
     upper = figure.add_subplot(grid[0])
     lower = figure.add_subplot(grid[1], sharex=upper)
     upper.tick_params(labelbottom=False)
@@ -71,8 +71,8 @@ def _draw(plan: Plan, timeline: Timeline) -> Figure:
     _mark_chunks(upper, lower, timeline)
     _mark_capacity(lower, plan, timeline)
     _label(figure, upper, lower, plan)
-    if has_chunks:
-        _chunk_peaks(figure.add_subplot(grid[2]), plan)
+    for row, draw in enumerate(panels, start=2):
+        draw(figure.add_subplot(grid[row]), plan)
     return figure
 
 
@@ -176,6 +176,50 @@ def _chunk_peaks(axes: Axes, plan: Plan) -> None:
     axes.set_title("peak of each chunk's step, by phase", loc="left", fontsize=9.5, color=_MUTED)
     axes.set_xlabel("chunk, from the embedding to the head", color=_MUTED)
     axes.set_ylabel("GiB on top\nof the weights", color=_MUTED)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=_INK)
+    _style(axes)
+
+
+def _front(axes: Axes, plan: Plan) -> None:
+    """What ``auto`` found: no point is both faster and smaller than another one, unless it takes more of the host."""
+    capacity = plan.capacity_bytes / GIBIBYTE
+    for is_chosen in (False, True):
+        members = [member for member in plan.pareto if (member.role == "chosen") == is_chosen]
+        if not members:
+            continue
+        axes.scatter(
+            [member.peak.upper_bytes / GIBIBYTE for member in members],
+            [member.step_seconds for member in members],
+            marker="*" if is_chosen else "o",
+            s=120 if is_chosen else 26,
+            color="#d55e00" if is_chosen else "#0072b2",
+            label="chosen" if is_chosen else "others",
+            zorder=3,
+        )
+    for member in plan.pareto:
+        axes.annotate(
+            f"{member.schedule.num_chunks}",
+            (member.peak.upper_bytes / GIBIBYTE, member.step_seconds),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=7,
+            color=_MUTED,
+        )
+    if capacity < 1.6 * axes.get_xlim()[1]:
+        axes.axvline(capacity, color=_CAPACITY, linewidth=1.3, linestyle=(0, (6, 3)))
+        axes.annotate(
+            f"capacity {capacity:.2f} GiB ",
+            (capacity, 0.97),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
+            fontsize=8.5,
+            color=_CAPACITY,
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_title("schedules worth a look, each with its number of chunks", loc="left", fontsize=9.5, color=_MUTED)
+    axes.set_xlabel("upper bound of the device's memory, GiB", color=_MUTED)
+    axes.set_ylabel("seconds per update", color=_MUTED)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=_INK)
     _style(axes)
 

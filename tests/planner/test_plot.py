@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from engine.spec import ScheduleSpec
 from planner.plot import plot_footprint
-from planner.spec import Breakdown, Timeline, TimelinePoint
+from planner.spec import Alternative, Breakdown, Timeline, TimelinePoint
 from tests.plans import GIB, make_plan
 
 
@@ -57,3 +58,19 @@ def test_the_words_in_the_picture(tmp_path):
     svg = path.read_text()
     for words in ("llama-3-8b on rtx-4090: fits", "capacity 24.00 GiB", "optimizer states", "chunk 3, "):
         assert f"<!-- {words}" in svg or words in svg
+
+
+def test_the_front_is_drawn_when_there_is_one(tmp_path):
+    path = tmp_path / "front.svg"
+    plan = make_plan(capacity_bytes=24 * GIB)
+    shared = {"training": plan.request.training, "peak": plan.peak, "fits": True, "why": "why"}
+    front = [
+        Alternative(schedule=ScheduleSpec(num_chunks=count), step_seconds=1 / count, role=role, **shared)
+        for count, role in ((7, "chosen"), (13, "pareto"))
+    ]
+    plot_footprint(plan.model_copy(update={"pareto": front}), make_timeline(24 * GIB), path)
+    svg = path.read_text()
+    for words in ("schedules worth a look", "upper bound of the device", "chosen", "13", "peak of each chunk"):
+        assert f"<!-- {words}" in svg or words in svg
+    plot_footprint(plan, make_timeline(24 * GIB), path)
+    assert "schedules worth a look" not in path.read_text()
