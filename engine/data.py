@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
@@ -47,8 +47,10 @@ __all__ = [
     "check_dataset",
     "collate",
     "load_dataset",
+    "with_validation",
 ]
 
+VALIDATION_FIELD = "dataset.validation_path"
 LENGTH_MULTIPLE = 64
 """Batches are padded to a multiple of this many tokens, so that few distinct shapes occur."""
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2**20
@@ -168,6 +170,30 @@ def load_dataset(
         sha256=counts["sha256"],
     )
     return DatasetSplits(train, evaluation, stats)
+
+
+def with_validation(
+    splits: DatasetSplits,
+    path: str | Path,
+    format: FormatChoice,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    seed: int,
+    *,
+    packing: bool = False,
+    folder: Path | None = None,
+) -> DatasetSplits:
+    """The splits with every row of another file as what is held out; arguments as of `load_dataset`.
+
+    Raises:
+        InputError: for ``dataset.validation_path``, as `load_dataset` does.
+    """
+    try:
+        other = load_dataset(path, format, tokenizer, seq_len, 0.0, seed, packing=packing, folder=folder)
+    except InputError as error:
+        raise InputError(VALIDATION_FIELD, error.message) from error
+    stats = replace(splits.stats, num_eval_rows=other.stats.num_train_rows)
+    return DatasetSplits(splits.train, other.train, stats)
 
 
 def _num_held_out(num_rows: int, fraction: float) -> int:

@@ -19,7 +19,7 @@ def size_name(num_parameters: int) -> str:
     return f"{max(1, round(num_parameters / 1000))}k"
 
 
-def output_prefix(base: str, num_parameters: int, method: str, dataset: str) -> str:
+def output_prefix(base: str, num_parameters: int, method: str, dataset: str, suffix: str | None = None) -> str:
     """``{base}-{size}-{method}-{dataset}-v``, to which a number belongs.
 
     Args:
@@ -27,8 +27,10 @@ def output_prefix(base: str, num_parameters: int, method: str, dataset: str) -> 
         num_parameters: of the model; a size that the base's name already has is not repeated.
         method: ``chunkft``, ``full`` or ``lora``.
         dataset: name of the data file; its endings are left out.
+        suffix: stands in its place.
     """
-    name, data = _plain(base.rstrip("/").rpartition("/")[2]), _plain(_stem(dataset))
+    name = _plain(base.rstrip("/").rpartition("/")[2])
+    data = _plain(_stem(dataset)) if suffix is None else _plain(suffix)
     size = "" if _SIZE.search(name) else size_name(num_parameters)
     return "-".join(part for part in (name or "model", size, method, data or "data", "v") if part)
 

@@ -299,12 +299,27 @@ class DatasetSpec(SpecModel):
     file_id: str | None = None
     format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of rows held out for evaluation, taken from the end of a seeded shuffle."""
+    """Share of rows held out for evaluation, from the end of a seeded shuffle; 0 where there is validation data."""
+    validation_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Rows of a file of their own to evaluate on, in the same format, instead of a share of the others."""
+    validation_file_id: str | None = None
+    """The same, of an uploaded file."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether evaluation has a file of its own."""
+        return self.validation_path is not None or self.validation_file_id is not None
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetSpec:
         if (self.path is None) == (self.file_id is None):
             raise ValueError("give exactly one of path and file_id")
+        if self.validation_path is not None and self.validation_file_id is not None:
+            raise ValueError("give one of validation_path and validation_file_id, not both")
+        if self.has_validation and self.eval_fraction > 0:
+            if "eval_fraction" in self.model_fields_set:
+                raise ValueError("eval_fraction holds out rows where there is no validation file: leave it out")
+            object.__setattr__(self, "eval_fraction", 0.0)
         return self
 
 
@@ -313,8 +328,21 @@ class OutputSpec(SpecModel):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
     """Folder name of the exported model; default: base, size, method, data and the next free number."""
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,47}$")] | None = None
+    """Stands in the default name instead of the data's."""
     merge: bool = False
     """With method ``lora``: export the model with the adapters added to its weights, not the adapters."""
+
+    @model_validator(mode="after")
+    def _one_name(self) -> OutputSpec:
+        if self.name is not None and self.suffix is not None:
+            raise ValueError("give name or suffix, not both: a suffix is a part of the default name")
+        return self
+
+
+MetadataKey = Annotated[str, Field(pattern=r"^[ !#-\[\]-~]{1,64}$")]
+"""Printable ASCII without quotation mark and backslash."""
+MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
 class JobRequest(SpecModel):
@@ -328,6 +356,8 @@ class JobRequest(SpecModel):
     dataset: DatasetSpec
     output: OutputSpec = Field(default_factory=OutputSpec)
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
+    """The user's own notes on the job."""
     plan_id: str | None = None
 
     @model_validator(mode="after")
@@ -350,6 +380,8 @@ class RunSpec(SpecModel):
     """For the model card; default: the file's name."""
     dataset_format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    validation_path: str | None = None
+    """Evaluated on instead of held-out rows."""
     training: JobTraining
     output_name: str
     merge: bool = False

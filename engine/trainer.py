@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint import resume, save_checkpoint
 from engine.coverage import parameter_digests, updated_share
-from engine.data import Batches, DatasetSplits, Example, collate, load_dataset
+from engine.data import Batches, DatasetSplits, Example, collate, load_dataset, with_validation
 from engine.divergence import MARGIN, PATIENCE, LossWatch
 from engine.export import ModelCard, base_license, export_model
 from engine.files import sha256_text
@@ -132,6 +132,17 @@ class Trainer:
             packing=training.packing,
             folder=self._tokens_dir,
         )
+        if run.validation_path is not None:
+            self.splits = with_validation(
+                self.splits,
+                Path(run.validation_path),
+                run.dataset_format,
+                self.tokenizer,
+                training.seq_len,
+                training.seed,
+                packing=training.packing,
+                folder=self._tokens_dir / "validation",
+            )
         self.batches = Batches(self.splits.train, training.micro_batch_size, training.seed)
         self.profiler = profiler_for(run.device)
         with self.profiler.step(), self.profiler.phase("load"):

@@ -20,6 +20,7 @@ from service.dashboard import endpoints as dashboard
 from service.db import upgrade
 from service.errors import ProblemView
 from service.files import endpoints as files
+from service.fine_tuning import endpoints as fine_tuning
 from service.jobs import endpoints as jobs
 from service.jobs import stream
 from service.middleware import BodyLimit, RequestContext
@@ -66,6 +67,7 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
         plans.router,
         stream.router,
         jobs.router,
+        fine_tuning.router,
         files.router,
         profiles.router,
         dashboard.router,

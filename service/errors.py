@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from fastapi import FastAPI, Request
@@ -45,6 +45,15 @@ class FieldError(BaseModel):
     message: str
 
 
+class ErrorView(BaseModel):
+    """A problem once more, in the shape that the OpenAI clients read."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str
+
+
 class ProblemView(BaseModel):
     """RFC 9457 problem details; some codes carry more members."""
 
@@ -57,6 +66,7 @@ class ProblemView(BaseModel):
     instance: str
     code: str
     errors: list[FieldError]
+    error: ErrorView
 
 
 class Problem(Exception):
@@ -97,9 +107,12 @@ class NotFound(Problem):
 
 
 class Conflict(Problem):
-    """The request contradicts the present state."""
+    """The request contradicts the present state; clients that repeat every 409 are told that it is of no use."""
 
     status = HTTPStatus.CONFLICT
+
+    def __init__(self, code: str, detail: str, **members: Any) -> None:
+        super().__init__(code, detail, headers={"X-Should-Retry": "false"}, **members)
 
 
 class DoesNotFit(Conflict):
@@ -153,6 +166,13 @@ def problem_response(
     members: Mapping[str, Any] | None = None,
 ) -> Response:
     """A problem+json response."""
+    fields = [{"field": field, "message": message} for field, message in errors]
+    error = {
+        "message": detail,
+        "type": "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error",
+        "param": fields[0]["field"] if fields else None,
+        "code": code,
+    }
     body = {
         "type": f"urn:chunkplan:problem:{code}",
         "title": HTTPStatus(status).phrase,
@@ -160,7 +180,8 @@ def problem_response(
         "detail": detail,
         "instance": request.url.path,
         "code": code,
-        "errors": [{"field": field, "message": message} for field, message in errors],
+        "errors": fields,
+        "error": error,
         **(members or {}),
     }
     return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)

@@ -29,3 +29,12 @@ JOB: dict[str, Any] = {
         "schedule": {"num_chunks": 8, "switch_every": 2},
     },
 }
+
+FINE_TUNING = {
+    "model": "smollm2-135m-instruct",
+    "training_file": "file_01k9z0y8w7e6rt5y4u3i2o1p0a",
+    "suffix": "sums",
+    "seed": 7,
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 8}}},
+    "chunkplan": {"training": {"precision": "fp32", "seq_len": 128, "schedule": {"num_chunks": 8}}},
+}

@@ -75,9 +75,18 @@ def _long_window(
     return Window(after, limit)
 
 
+def _widest_window(
+    after: Annotated[str | None, Query(max_length=80, description="last_id of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+) -> Window:
+    return Window(after, limit)
+
+
 WindowDep = Annotated[Window, Depends(_window)]
 LongWindowDep = Annotated[Window, Depends(_long_window)]
 """For rows that come by the thousand: events, metrics, samples."""
+WidestWindowDep = Annotated[Window, Depends(_widest_window)]
+"""For files, of which OpenAI's clients may ask for 10 000 at once."""
 
 OptionalText = Annotated[str | None, Query(max_length=4096, pattern=r"^[^\x00]*$")]
 """A filter; no NUL, which Postgres cannot compare with."""
@@ -89,26 +98,38 @@ def newest_first(
     created_at: InstrumentedAttribute[Any],
     identifier: InstrumentedAttribute[str],
     window: Window,
+    *,
+    oldest_first: bool = False,
 ) -> tuple[list[Row], bool]:
-    """One page of rows, newest first, and whether there are more.
+    """One page of rows, newest first unless told otherwise, and whether there are more.
 
     Raises:
         InputError: ``after`` names no row.
     """
+    place = tuple_(created_at, identifier)
     if window.after is not None:
         found = select(created_at).where(identifier == window.after).limit(1)
         known = session.scalar(found) if is_well_formed(window.after) else None
         if known is None:
             raise InputError("after", f"there is nothing with the id {window.after!r}")
-        statement = statement.where(tuple_(created_at, identifier) < (known, window.after))
-    rows = session.scalars(statement.order_by(created_at.desc(), identifier.desc()).limit(window.limit + 1)).all()
+        is_beyond = place > (known, window.after) if oldest_first else place < (known, window.after)
+        statement = statement.where(is_beyond)
+    order = [column if oldest_first else column.desc() for column in (created_at, identifier)]
+    rows = session.scalars(statement.order_by(*order).limit(window.limit + 1)).all()
     return list(rows[: window.limit]), len(rows) > window.limit
 
 
 def by_number(
-    session: Session, statement: Select[Row], number: InstrumentedAttribute[int], window: Window
+    session: Session,
+    statement: Select[Row],
+    number: InstrumentedAttribute[int],
+    window: Window,
+    *,
+    newest_first: bool = False,
 ) -> tuple[list[Row], bool]:
-    """One page of numbered rows, in their order, and whether there are more."""
-    statement = statement.where(number > window.number()).order_by(number).limit(window.limit + 1)
-    rows = session.scalars(statement).all()
+    """One page of numbered rows, in their order or in its reverse, and whether there are more."""
+    if window.after is not None:
+        statement = statement.where(number < window.number() if newest_first else number > window.number())
+    statement = statement.order_by(number.desc() if newest_first else number)
+    rows = session.scalars(statement.limit(window.limit + 1)).all()
     return list(rows[: window.limit]), len(rows) > window.limit

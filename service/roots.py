@@ -46,7 +46,8 @@ class Paths:
             InputError: see `resolve_model_folder`.
         """
         settings = self._settings
-        return resolve_model_folder(field, given, self._allowed(project, [*settings.model_roots, settings.models_dir]))
+        roots = [*settings.model_roots, settings.models_dir, settings.runs_dir]
+        return resolve_model_folder(field, given, self._allowed(project, roots))
 
     def _allowed(self, project: str, roots: Sequence[Path]) -> IsAllowed:
         below = below_any(roots)

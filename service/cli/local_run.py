@@ -9,7 +9,7 @@ from pathlib import Path
 import planner
 from engine.data import check_dataset
 from engine.errors import InputError
-from engine.spec import JobRequest, ModelPath, RunSpec, TrainingSpec, parse
+from engine.spec import DatasetSpec, JobRequest, ModelPath, RunSpec, TrainingSpec, parse
 from planner.catalog import find_gpu, find_model
 from planner.spec import GpuSpec, Plan, PlanRequest
 from service.cli.server import settings_with
@@ -60,7 +60,7 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
     settings = settings_with(data_dir=data_dir)
     model_folder = _model_folder(request, settings)
     gpu, device = _device(request)
-    dataset = _dataset(request)
+    dataset, validation = _datasets(request.dataset)
     training = parse(TrainingSpec, request.training.model_dump(include=set(TrainingSpec.model_fields)))
     plan = planner.plan(PlanRequest(model=ModelPath(path=str(model_folder)), gpu=gpu, training=training))
     folder = (run_dir or settings.data_dir / "runs" / request.name).absolute()
@@ -72,6 +72,7 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
         model_folder=model_folder,
         dataset_path=dataset,
         dataset_name=dataset.name,
+        validation_path=validation,
         taken=lambda prefix: _output_names(folder),
         device=device.name,
     )
@@ -113,12 +114,22 @@ def _inline_gpu(given: dict[str, object]) -> GpuSpec:
         raise InputError(f"gpu.{error.field}", error.message) from error
 
 
-def _dataset(request: JobRequest) -> Path:
-    if request.dataset.path is None:
+def _datasets(given: DatasetSpec) -> tuple[Path, Path | None]:
+    """The checked files to train and to evaluate on."""
+    if given.path is None:
         raise InputError("dataset.file_id", "uploads belong to a service; give a path")
-    path = Path(request.dataset.path).expanduser().absolute()
-    check_dataset(path, request.dataset.format)
-    return path
+    if given.validation_file_id is not None:
+        raise InputError("dataset.validation_file_id", "uploads belong to a service; give a path")
+    path = Path(given.path).expanduser().absolute()
+    check_dataset(path, given.format)
+    if given.validation_path is None:
+        return path, None
+    validation = Path(given.validation_path).expanduser().absolute()
+    try:
+        check_dataset(validation, given.format)
+    except InputError as error:
+        raise InputError("dataset.validation_path", error.message) from error
+    return path, validation
 
 
 def _attempt_number(folder: Path, spec: RunSpec) -> int:

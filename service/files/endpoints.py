@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, File, Form, UploadFile
 from starlette.responses import FileResponse
 
+from engine.errors import InputError
 from service.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
 from service.errors import NotFound
 from service.files.repository import FileRepository
 from service.files.schemas import FileDeleted, FileView
-from service.paging import Page, WindowDep
+from service.paging import OptionalText, Page, WidestWindowDep
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -22,15 +23,20 @@ def upload_file(
     files: FilesDep,
     caller: CallerDep,
     purpose: Annotated[Literal["fine-tune"], Form()] = "fine-tune",
+    expiry: Annotated[str | None, Form(alias="expires_after[seconds]", include_in_schema=False)] = None,
 ) -> FileView:
     """Upload training data. It is checked row by row when a job is submitted on it."""
+    if expiry is not None:
+        raise InputError("expires_after", "files are kept until they are deleted: leave it out")
     return FileView.of(files.upload(caller.project, file.filename, file.file))
 
 
 @router.get("")
-def list_files(session: ReadSession, window: WindowDep) -> Page[FileView]:
-    """Uploaded files, newest first."""
-    rows, has_more = FileRepository(session).page(window)
+def list_files(
+    session: ReadSession, window: WidestWindowDep, purpose: OptionalText = None, order: Literal["asc", "desc"] = "desc"
+) -> Page[FileView]:
+    """Uploaded files, newest first, or oldest first with ``order=asc``."""
+    rows, has_more = FileRepository(session).page(window, purpose=purpose, oldest_first=order == "asc")
     return Page.of([FileView.of(row) for row in rows], has_more=has_more)
 
 

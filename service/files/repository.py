@@ -32,9 +32,12 @@ class FileRepository:
             raise NotFound("file", file_id)
         return row
 
-    def page(self, window: Window) -> tuple[list[FileRow], bool]:
-        """Files, newest first."""
-        return newest_first(self._session, select(FileRow), FileRow.created_at, FileRow.id, window)
+    def page(
+        self, window: Window, *, purpose: str | None = None, oldest_first: bool = False
+    ) -> tuple[list[FileRow], bool]:
+        """Files, newest first unless told otherwise."""
+        statement = select(FileRow) if purpose is None else select(FileRow).where(FileRow.purpose == purpose)
+        return newest_first(self._session, statement, FileRow.created_at, FileRow.id, window, oldest_first=oldest_first)
 
     def stored_bytes(self) -> int:
         """How much all of them hold."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from engine.data import check_dataset
 from engine.errors import InputError
-from engine.spec import JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
+from engine.rows import FormatChoice
+from engine.spec import DatasetSpec, JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
 from planner.catalog import find_gpu, find_model
 from planner.spec import GpuSpec, Plan, PlanRequest
 from service.db import Database
@@ -34,6 +35,7 @@ class PreparedJob:
     dataset_name: str
     """Of the file as the user calls it: an upload is stored under its id."""
     num_rows: int
+    validation_path: Path | None
     gpu: GpuSpec
     device: Device
     plan: Plan
@@ -59,15 +61,14 @@ class JobPreparation:
         """
         name, folder = self._model(project, request)
         gpu, device = self._device(request.gpu)
-        field, path, data_name = self._dataset(project, request)
-        try:
-            dataset = check_dataset(path, request.dataset.format)
-        except InputError as error:
-            raise InputError(field, error.message) from error
+        dataset = request.dataset
+        path, data_name = self._data_file(project, "dataset.", dataset.path, dataset.file_id)
+        num_rows = _checked_rows("dataset.", dataset.path, path, dataset.format)
+        validation = self._validation(project, dataset)
         plan = self._plan(project, request, folder, gpu)
         admit(plan, device.memory_bytes)
         training = resolved_training(request.training, plan)
-        return PreparedJob(request, name, folder, path, data_name, dataset.num_rows, gpu, device, plan, training)
+        return PreparedJob(request, name, folder, path, data_name, num_rows, validation, gpu, device, plan, training)
 
     def _model(self, project: str, request: JobRequest) -> tuple[str, Path]:
         settings = self._settings
@@ -98,17 +99,25 @@ class JobPreparation:
             raise InputError("gpu", f"no device of kind {gpu.kind} here to run {gpu.name!r} on; there is: {offered}")
         return gpu, device
 
-    def _dataset(self, project: str, request: JobRequest) -> tuple[str, Path, str]:
-        settings, dataset = self._settings, request.dataset
-        if dataset.path is not None:
-            path = self._paths.dataset(project, "dataset.path", dataset.path)
-            return "dataset.path", path, path.name
-        assert dataset.file_id is not None
+    def _data_file(self, project: str, prefix: str, given: str | None, file_id: str | None) -> tuple[Path, str]:
+        """Where a data file is, and what the user calls it."""
+        if given is not None:
+            path = self._paths.dataset(project, f"{prefix}path", given)
+            return path, path.name
+        assert file_id is not None
         with self._database.of(project).read() as session:
-            row = FileRepository(session).find(dataset.file_id)
+            row = FileRepository(session).find(file_id)
         if row is None:
-            raise InputError("dataset.file_id", f"there is no file {dataset.file_id!r}")
-        return "dataset.file_id", settings.files_dir / row.stored_name, row.filename
+            raise InputError(f"{prefix}file_id", f"there is no file {file_id!r}")
+        return self._settings.files_dir / row.stored_name, row.filename
+
+    def _validation(self, project: str, dataset: DatasetSpec) -> Path | None:
+        if not dataset.has_validation:
+            return None
+        prefix, given = "dataset.validation_", dataset.validation_path
+        path, _ = self._data_file(project, prefix, given, dataset.validation_file_id)
+        _checked_rows(prefix, given, path, dataset.format)
+        return path
 
     def _plan(self, project: str, request: JobRequest, folder: Path, gpu: GpuSpec) -> Plan:
         fields = request.training.model_dump(include=set(TrainingSpec.model_fields))
@@ -139,6 +148,14 @@ class JobPreparation:
         if isinstance(model, str):
             return self._settings.models_dir / find_model(model).id
         return Path(model.path) if isinstance(model, ModelPath) else None
+
+
+def _checked_rows(prefix: str, given: str | None, path: Path, format: FormatChoice) -> int:
+    """How many rows a data file has, every one of which was checked."""
+    try:
+        return check_dataset(path, format).num_rows
+    except InputError as error:
+        raise InputError(f"{prefix}{'file_id' if given is None else 'path'}", error.message) from error
 
 
 def _inline_gpu(given: dict[str, Any]) -> GpuSpec:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
@@ -38,9 +38,18 @@ class JobRepository:
         statement = select(JobRow).where(JobRow.id == job_id).with_for_update()
         return self._found(self._session.scalar(statement) if is_well_formed(job_id) else None, job_id)
 
-    def page(self, window: Window, *, state: JobState | None, model: str | None) -> tuple[list[JobRow], bool]:
-        """Jobs, newest first."""
+    def page(
+        self,
+        window: Window,
+        *,
+        state: JobState | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[list[JobRow], bool]:
+        """Jobs, newest first; of metadata, those that hold every given pair."""
         statement = select(JobRow)
+        for key, value in (metadata or {}).items():
+            statement = statement.where(JobRow.request["metadata"][key].as_string() == value)
         if state is not None:
             statement = statement.where(JobRow.state == state)
         if model is not None:
@@ -93,19 +102,21 @@ class JobRepository:
         return self._session.scalar(select(func.min(JobRow.created_at)).where(JobRow.state == JobState.QUEUED))
 
     def uses_file(self, file_id: str) -> str | None:
-        """An unfinished job that trains on a file."""
+        """An unfinished job that trains on a file, or is evaluated on it."""
         unfinished = [state for state in JobState if not state.is_final]
-        statement = select(JobRow.id).where(JobRow.file_id == file_id, JobRow.state.in_(unfinished)).limit(1)
-        return self._session.scalar(statement)
+        validation = JobRow.request["dataset"]["validation_file_id"].as_string()
+        is_used = or_(JobRow.file_id == file_id, validation == file_id)
+        return self._session.scalar(select(JobRow.id).where(is_used, JobRow.state.in_(unfinished)).limit(1))
 
     def attempts(self, job_id: str, window: Window) -> tuple[list[AttemptRow], bool]:
         """Attempts, newest first."""
         statement = select(AttemptRow).where(AttemptRow.job_id == job_id)
         return newest_first(self._session, statement, AttemptRow.created_at, AttemptRow.id, window)
 
-    def events(self, job_id: str, window: Window) -> tuple[list[EventRow], bool]:
-        """Events in their order."""
-        return by_number(self._session, select(EventRow).where(EventRow.job_id == job_id), EventRow.number, window)
+    def events(self, job_id: str, window: Window, *, newest_first: bool = False) -> tuple[list[EventRow], bool]:
+        """Events in their order, or in its reverse."""
+        statement = select(EventRow).where(EventRow.job_id == job_id)
+        return by_number(self._session, statement, EventRow.number, window, newest_first=newest_first)
 
     def metrics(self, job_id: str, window: Window, kind: str | None) -> tuple[list[MetricRow], bool]:
         """The loss curve: steps that a later attempt took again are left out."""
@@ -113,6 +124,25 @@ class JobRepository:
         if kind is not None:
             statement = statement.where(MetricRow.kind == kind)
         return by_number(self._session, statement, MetricRow.id, window)
+
+    def losses_at(self, job_id: str, kind: str, steps: Sequence[int]) -> dict[int, float | None]:
+        """The loss at some steps, of those that have one of this kind: ``train`` or ``eval``."""
+        statement = select(MetricRow.step, MetricRow.loss).where(
+            MetricRow.job_id == job_id,
+            MetricRow.kind == kind,
+            MetricRow.superseded.is_(False),
+            MetricRow.step.in_(steps),
+        )
+        return dict(self._session.execute(statement).all())
+
+    def trained_tokens(self, job_ids: Sequence[str]) -> dict[str, int]:
+        """Tokens of the sequences that the loss curve's steps were taken on, padding included, by job."""
+        statement = (
+            select(MetricRow.job_id, func.sum(MetricRow.num_tokens))
+            .where(MetricRow.job_id.in_(job_ids), MetricRow.kind == "train", MetricRow.superseded.is_(False))
+            .group_by(MetricRow.job_id)
+        )
+        return {job_id: int(total) for job_id, total in self._session.execute(statement).all()}
 
     def checkpoints(self, job_id: str, window: Window) -> tuple[list[CheckpointRow], bool]:
         """Checkpoints, newest first."""

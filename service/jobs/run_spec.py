@@ -23,6 +23,7 @@ def run_spec(
     dataset_path: Path,
     dataset_name: str,
     taken: Callable[[str], Iterable[str]],
+    validation_path: Path | None = None,
     device: str = "cpu",
 ) -> RunSpec:
     """The resolved job.
@@ -36,12 +37,14 @@ def run_spec(
         dataset_path: where the data is.
         dataset_name: how the user calls the data file.
         taken: names of outputs that begin with a prefix, for the number of a default name.
+        validation_path: where the data to evaluate on is, if it has a file of its own.
         device: ``cpu`` or ``cuda:N``.
     """
     model_name = base_name(request) or model_folder.name
     name = request.output.name
     if name is None:
-        prefix = output_prefix(model_name, plan.model.num_base_parameters, training.method, dataset_name)
+        size, suffix = plan.model.num_base_parameters, request.output.suffix
+        prefix = output_prefix(model_name, size, training.method, dataset_name, suffix)
         name = output_name(prefix, taken(prefix))
     return RunSpec(
         job_id=job_id,
@@ -52,6 +55,7 @@ def run_spec(
         dataset_name=dataset_name,
         dataset_format=request.dataset.format,
         eval_fraction=request.dataset.eval_fraction,
+        validation_path=None if validation_path is None else str(validation_path),
         training=training,
         output_name=name,
         merge=request.output.merge,

@@ -170,6 +170,7 @@ class JobService:
             model_folder=prepared.model_folder,
             dataset_path=prepared.dataset_path,
             dataset_name=prepared.dataset_name,
+            validation_path=prepared.validation_path,
             taken=taken,
         )
         return JobRow(

@@ -81,6 +81,7 @@ def test_an_output_is_named_after_its_parts_and_keeps_its_name(chunkplan, job_fi
     lora = {"method": "lora", "schedule": {}}
     assert prepared(name="adapter", training=lora) == "smollm2-135m-instruct-lora-chats-v1"
     assert prepared(name="mine", output={"name": "welders"}) == "welders"
+    assert prepared(name="part", output={"suffix": "first"}) == "smollm2-135m-instruct-chunkft-first-v1"
 
 
 def test_json_carries_the_outcome(chunkplan, job_file, tmp_path):
@@ -114,6 +115,7 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(chunkplan, job_file, 
         ({"gpu": {"name": "x"}}, "gpu.memory_bytes: Field required"),
         ({"dataset": {"path": "nowhere.jsonl"}}, "dataset.path: "),
         ({"dataset": {"path": None, "file_id": "file_x"}}, "dataset.file_id: uploads belong to a service"),
+        ({"dataset": {"validation_path": "nowhere.jsonl", "eval_fraction": 0}}, "dataset.validation_path: "),
         ({"training": {"colour": "red"}}, "training.colour: "),
         (
             {"output": {"merge": True}},

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from engine.data import Batches, Example, collate, load_dataset
+from engine.data import Batches, Example, collate, load_dataset, with_validation
 from engine.errors import InputError
+from engine.spec import DatasetSpec, parse
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,36 @@ def test_at_least_one_row_is_held_out_and_one_is_trained(load):
     assert [len(s) for s in (lambda d: (d.train, d.evaluation))(load([{"text": "a b"}] * 2, 64, 0.01))] == [1, 1]
     assert load([{"text": "a b"}], 64, 0.9).stats.num_eval_rows == 0
     assert load([{"text": "a b"}] * 2, 64, 0.99).stats.num_train_rows == 1
+
+
+def test_rows_of_another_file_are_what_is_held_out(load, tmp_path):
+    path = tmp_path / "other.jsonl"
+    rows = [{"text": f"other {number}"} for number in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone, splits = load(rows), load([{"text": f"row {number}"} for number in range(20)])
+
+    def validated(path, seq_len=64):
+        folder = tmp_path / "tokens"
+        return with_validation(splits, path, "auto", tiny_tokenizer(), seq_len, 0, folder=folder)
+
+    held_out = validated(path)
+    assert list(held_out.train) == list(splits.train)
+    assert list(held_out.evaluation) == list(alone.train)
+    assert (held_out.stats.num_train_rows, held_out.stats.num_eval_rows) == (20, 7)
+    assert list(validated(path).evaluation) == list(held_out.evaluation)
+    path.write_text('{"prompt": "a b c d", "completion": "e"}\n')
+    with pytest.raises(InputError, match="has a token to train within seq_len 2") as refused:
+        validated(path, seq_len=2)
+    assert refused.value.field == "dataset.validation_path"
+
+
+def test_a_validation_file_takes_the_place_of_a_share():
+    spec = parse(DatasetSpec, {"path": "a.jsonl", "validation_path": "b.jsonl"})
+    assert spec.eval_fraction == 0
+    assert parse(DatasetSpec, spec.model_dump()) == spec
+    for other in ({"eval_fraction": 0.1}, {"validation_file_id": "file_1"}):
+        with pytest.raises(InputError):
+            parse(DatasetSpec, {"path": "a.jsonl", "validation_path": "b.jsonl"} | other)
 
 
 def test_a_dataset_with_nothing_to_train_is_refused(load):

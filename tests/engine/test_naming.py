@@ -42,6 +42,10 @@ def test_names_follow_the_pattern(base, dataset, prefix):
     assert output_prefix(base, 124_439_808, "chunkft", dataset) == prefix
 
 
+def test_a_suffix_stands_for_the_data():
+    assert output_prefix("gpt2", 124_439_808, "full", "rows.csv", "V1.5 of mine") == "gpt2-124m-full-v1.5-of-mine-v"
+
+
 def test_the_number_is_the_next_free_one():
     assert output_name("a-v", []) == "a-v1"
     assert output_name("a-v", ["a-v1", "a-v10", "a-v2", "a-vx", "b-v99"]) == "a-v11"
