@@ -30,7 +30,7 @@ JOB: dict[str, Any] = {
     },
 }
 
-FINE_TUNING = {
+FINE_TUNING: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
     "training_file": "file_01k9z0y8w7e6rt5y4u3i2o1p0a",
     "suffix": "sums",
