@@ -1,7 +1,8 @@
 """Peaks measured on GPUs by others, beside ours: python -m benchmarks.published_peaks [--csv FILE] [--output FILE].
 
-A row can be planned when chunkplan has its method (chunkft, or full with AdamW), and its model, batch and length are
-stated. What a row leaves open is assumed and named; what chunkplan does otherwise than the row's trainer is named too.
+A row can be planned when chunkplan has its method and optimizer, and its model, batch and length are stated. What a row
+leaves open is assumed and named; what chunkplan does otherwise than the row's trainer is named too. Rows of which
+nothing had to be assumed are complete. Beside ours stand the peers' estimates (benchmarks/peers.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import PEERS, peers_say
 from planner import PLANNER_VERSION, Plan, PlanRequest, plan
+from planner.catalog import find_model
 
 HERE = Path(__file__).parent
 GIB = 2**30
@@ -21,18 +24,17 @@ UNIT_BYTES = {"GiB": GIB, "GB": 10**9, "B": 1, "GB as printed; GiB by arithmetic
 GPUS = {"a100": "a100-80gb", "unknown": "a100-80gb"}
 MODELS = {"llama-7b": "llama-2-7b"}
 """Same shapes under another name."""
+BLOCKS = "block, switch every 50"
 FLOOR_GIB = 12.55
 """Weights of Llama-2-7B in bf16: no schedule with resident weights goes below."""
 
 
 def reason_against(row: dict[str, str]) -> str:
     """Why a row cannot be planned; empty when it can."""
-    if row["method"] not in ("chunkft", "full"):
+    if row["method"] not in ("chunkft", "full", BLOCKS):
         return f"method {row['method']!r}"
-    if row["optimizer"] not in ("adamw", "adam"):
-        return f"optimizer {row['optimizer']!r}"
-    if "mixed" in row["weights_dtype"]:
-        return "fp32 master weights"
+    if row["optimizer"] not in ("adamw", "adam", "adafactor"):
+        return f"optimizer {row['optimizer']!r}" + (" with activation offload" if "offload" in row["notes"] else "")
     if "unknown" in (row["micro_batch"], row["seq_len"]):
         return "batch or length not stated"
     if not row["gpus"].isdigit() or int(row["gpus"]) != 1:
@@ -49,21 +51,27 @@ def request_of(row: dict[str, str]) -> tuple[PlanRequest, list[str]]:
     if checkpointing is None:
         checkpointing = "full"
         assumed.append("full checkpointing assumed")
-    schedule = {"num_chunks": 1}
+    # The rows' trainers keep the states on the device, as chunkplan does within a visit of several updates.
+    schedule: dict[str, Any] = {"num_chunks": 1, "switch_every": 3}
     if row["method"] == "chunkft":
         schedule = {"num_chunks": 32}
         assumed.append("32 chunks assumed")
-    else:
-        # The rows' trainers keep AdamW's moments on the device, as chunkplan does within a visit of several updates;
-        # theirs have the weights' type, chunkplan's are fp32: the table shows both.
-        schedule["switch_every"] = 3
+    elif row["method"] == BLOCKS:
+        schedule = {"num_chunks": 36, "switch_every": 50, "states": "reset", "master": "fp32"}
+        assumed.append("36 chunks stand for its 36 layers; embeddings are trained too")
+    elif row["weights_dtype"] == "mixed":
+        schedule["master"] = "fp32"
+    elif row["optimizer"] != "adafactor":
+        schedule["state_dtype"] = "bf16"  # torch's AdamW gives its moments the weights' type
     fused = row["method"] == "chunkft" or "chunked cross-entropy" in row["notes"] or row["id"] == "P07"
     if "compile" in row["notes"] or row["id"] == "P07":
         assumed.append("compiled in the row, eager here")
     training = {
-        "method": row["method"], "seq_len": int(row["seq_len"]), "micro_batch_size": int(row["micro_batch"]),
+        "method": "chunkft" if row["method"] == BLOCKS else row["method"],
+        "seq_len": int(row["seq_len"]), "micro_batch_size": int(row["micro_batch"]),
+        "optimizer": "adafactor" if row["optimizer"] == "adafactor" else "adamw",
         "activation_checkpointing": checkpointing, "loss": "fused" if fused else "standard", "schedule": schedule,
-        "precision": "bf16",
+        "precision": "fp16" if row["weights_dtype"] == "mixed" else "bf16",
     }  # fmt: skip
     gpu = GPUS.get(row["gpu"], row["gpu"])
     model = MODELS.get(row["model"], row["model"])
@@ -90,16 +98,30 @@ def compare(row: dict[str, str]) -> dict[str, Any]:
     request, assumed = request_of(row)
     answer = plan(request)
     predicted = our_bytes(answer, row["counter"])
-    halved = answer.peak.breakdown.optimizer_states // 2
     return {
         **result,
         "predicted_bytes": predicted,
         "relative_difference": predicted / published - 1,
-        "with_bf16_moments_bytes": predicted - halved if row["method"] == "full" else predicted,
         "assumed": assumed,
         "breakdown": answer.peak.breakdown.model_dump(),
+        "complete": not assumed,
+        "peers": peers_say(find_model(request.model).config, answer.model.num_parameters, request.training),
         "request": request.model_dump(mode="json"),
     }
+
+
+def print_peers(rows: list[dict[str, Any]]) -> None:
+    """Every estimator beside the published figure."""
+    print(f"\n{'row':4} {'published':>10} {'ours':>8} " + " ".join(f"{name:>26}" for name in PEERS))
+    for row in rows:
+        if "peers" not in row:
+            continue
+        published = row["published_bytes"]
+        answers = [f"{a / published - 1:+.1%}" if isinstance(a, int) else a[:26] for a in row["peers"].values()]
+        print(
+            f"{row['id']:4} {published / GIB:10.2f} {row['relative_difference']:+8.1%} "
+            + " ".join(f"{answer:>26}" for answer in answers)
+        )
 
 
 def chunkft_peak() -> dict[str, Any]:
@@ -132,17 +154,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with arguments.csv.open(newline="") as file:
         rows = [compare(row) for row in csv.DictReader(file)]
-    print(f"{'row':4} {'model':38} {'published':>10} {'ours':>10} {'diff':>8} {'bf16 moments':>20}  remarks")
+    print(f"{'row':4} {'model':38} {'published':>10} {'ours':>10} {'diff':>8}  remarks")
     for row in rows:
         published = f"{row['published_bytes'] / GIB:10.2f}"
         if "not_planned" in row:
-            blank = f"{'-':>10} {'-':>8} {'-':>20}"
+            blank = f"{'-':>10} {'-':>8}"
             print(f"{row['id']:4} {row['model']:38} {published} {blank}  not planned: {row['not_planned']}")
             continue
         figures = f"{row['predicted_bytes'] / GIB:10.2f} {row['relative_difference']:+8.1%}"
-        halved = row["with_bf16_moments_bytes"]
-        figures += f" {halved / GIB:10.2f} {halved / row['published_bytes'] - 1:+9.1%}"
         print(f"{row['id']:4} {row['model']:38} {published} {figures}  {'; '.join(row['assumed'])}")
+    print_peers(rows)
     chunkft = chunkft_peak()
     print_chunkft(chunkft)
     command = " ".join(["python -m benchmarks.published_peaks", *sys.argv[1:]])

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from engine.errors import InputError
 from engine.spec import SpecModel
 from planner.cache import cache_dir
-from planner.spec import GpuSpec, Result
+from planner.spec import GpuSpec, Plan, Result
 
 _MIB = 2**20
 _BUILT_IN = Path(__file__).with_name("calibration.json")
@@ -54,7 +54,26 @@ class Observation(SpecModel):
     weights_bytes: Annotated[int, Field(ge=0, le=2**50)]
     measured_bytes: Annotated[int, Field(gt=0, le=2**50)]
     time_ratio: Annotated[float, Field(gt=0, lt=1e9)] | None = None
-    """Measured over predicted time of an update; None where it is not to be learned from."""
+    """Measured over predicted time of an update, before any correction; None where it is not to be learned from."""
+
+    @classmethod
+    def of(
+        cls, plan: Plan, *, reserved_bytes: int, process_bytes: int, step_seconds: float | None
+    ) -> Observation | None:
+        """What a finished run of a plan has shown; None where its memory is not known any more (0 bytes)."""
+        if plan.request.gpu == "cpu" or (isinstance(plan.request.gpu, GpuSpec) and plan.request.gpu.kind == "cpu"):
+            measured = process_bytes
+        else:
+            measured = reserved_bytes and reserved_bytes + plan.peak.device_bytes - plan.peak.reserved_bytes
+        if not measured:
+            return None
+        return cls(
+            plan_id=plan.id,
+            predicted_bytes=plan.peak.device_bytes,
+            weights_bytes=plan.model.parameter_bytes,
+            measured_bytes=measured,
+            time_ratio=None if not step_seconds else step_seconds / plan.step_seconds * plan.time_ratio,
+        )
 
     @property
     def residual(self) -> float:
@@ -116,8 +135,12 @@ class Calibration(SpecModel):
 
     def margin(self, gpu: GpuSpec) -> Margin:
         """The margin of a device; of its kind's default where it has no observations."""
-        own = "cpu" if gpu.kind == "cpu" else gpu.name
-        return fit(gpu.kind, self.devices.get(own, []))
+        return fit(gpu.kind, self.devices.get(device_key(gpu), []))
+
+
+def device_key(gpu: GpuSpec) -> str:
+    """Under which name a device's observations are kept."""
+    return "cpu" if gpu.kind == "cpu" else gpu.name
 
 
 def calibration_path() -> Path:
@@ -147,6 +170,11 @@ def _read(path: Path, changed_ns: int) -> Calibration:
     except (OSError, ValidationError) as error:
         problem = str(error).splitlines()[0]
         raise InputError("calibration", f"{path} cannot be read ({problem}): remove it, or write it anew") from error
+
+
+def read_calibration(path: Path) -> Calibration:
+    """The observations of a file; raises InputError where it cannot be read."""
+    return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 def write_calibration(found: Calibration, path: Path) -> None:

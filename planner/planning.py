@@ -241,6 +241,7 @@ def plan(request: PlanRequest) -> Plan:
         id=plan_id(request, planner),
         planner_version=PLANNER_VERSION,
         calibration=planner.margin.version,
+        time_ratio=planner.margin.time_ratio,
         request=request,
         fits=chosen.fits,
         capacity_bytes=planner.capacity_bytes,

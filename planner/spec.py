@@ -208,6 +208,8 @@ class Plan(Result):
     planner_version: str
     calibration: str | None = None
     """Version of the observations behind ``upper_bytes`` and the times; None in plans of earlier versions."""
+    time_ratio: float = 1.0
+    """What those observations made of the times: they are this many times as long as without."""
     request: PlanRequest
     fits: bool
     capacity_bytes: int

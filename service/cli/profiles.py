@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli.client import DEFAULT_URL, Client, UrlOption
+from service.cli.exits import FAILED, CommandError
 from service.cli.output import JsonOption, console, duration, gibibytes, moment, percent, print_json, print_table
 from service.cli.residual_view import print_residuals
+
+if TYPE_CHECKING:
+    from planner.calibration import Observation
 
 app = typer.Typer(help="What finished jobs measured, against their plans.", no_args_is_help=True)
 
@@ -70,6 +75,65 @@ def compare(
         print_json(found)
         return
     print_table("", ["", found[0]["id"], found[1]["id"]], _facts(*found))
+
+
+@app.command()
+def calibrate(
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; by default the one that plans on this machine read.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many profiles, newest first.")] = 200,
+    url: UrlOption = DEFAULT_URL,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn bounds and times from profiles: plans made from now on use them, and name them."""
+    from planner.calibration import MAX_OBSERVATIONS, Calibration, calibration_path, fit, write_calibration
+
+    path = output or calibration_path()
+    with Client(url) as client:
+        learned = _observations(client, min(limit, MAX_OBSERVATIONS))
+    if not learned:
+        raise CommandError("no profile whose memory is still known: finish a job first", FAILED)
+    kept = _known(path)
+    write_calibration(Calibration(devices={**kept, **{device: runs for device, (_, runs) in learned.items()}}), path)
+    margins = {device: fit(kind, runs) for device, (kind, runs) in learned.items()}
+    if as_json:
+        print_json({"path": str(path), "devices": {device: item.model_dump() for device, item in margins.items()}})
+        return
+    rows = [
+        (device, str(item.num_runs), f"+{item.share:.1%}", gibibytes(item.fixed_bytes), f"{item.time_ratio:.2f}")
+        for device, item in margins.items()
+    ]
+    print_table(f"Calibration in {path}", ["device", ">runs", ">bound", ">and", ">time ratio"], rows)
+
+
+def _observations(client: Client, limit: int) -> dict[str, tuple[str, list[Observation]]]:
+    """Kind and observations of every device that has profiles, oldest first."""
+    from planner.calibration import Observation, device_key
+    from planner.catalog import find_gpu
+    from planner.spec import Plan
+
+    learned: dict[str, tuple[str, list[Observation]]] = {}
+    for listed in reversed(list(client.pages("/v1/profiles", limit))):
+        profile = client.get(f"/v1/profiles/{listed['id']}")
+        plan = Plan.model_validate(client.get(f"/v1/plans/{profile['plan_id']}"))
+        seen = Observation.of(
+            plan,
+            reserved_bytes=profile["measured_reserved_bytes"] or 0,
+            process_bytes=profile["measured_process_bytes"] or 0,
+            step_seconds=profile["measured_step_seconds"],
+        )
+        if seen is not None:
+            gpu = find_gpu(plan.request.gpu)
+            learned.setdefault(device_key(gpu), (gpu.kind, []))[1].append(seen)
+    return learned
+
+
+def _known(path: Path) -> dict[str, list[Observation]]:
+    """What a file holds already: of other devices it stays."""
+    from planner.calibration import read_calibration
+
+    return read_calibration(path).devices if path.exists() else {}
 
 
 def _facts(*profiles: dict[str, Any]) -> list[list[str]]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from service.dependencies import ReadSession
 from service.paging import LongWindowDep, OptionalText, Page, WindowDep
 from service.profiles.repository import ProfileRepository
-from service.profiles.schemas import ProfileView, ResidualView, SampleView
+from service.profiles.schemas import ProfileDetail, ProfileView, ResidualView, SampleView
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 
@@ -30,9 +30,11 @@ def list_profiles(
 
 
 @router.get("/{profile_id}")
-def show_profile(profile_id: str, session: ReadSession) -> ProfileView:
+def show_profile(profile_id: str, session: ReadSession) -> ProfileDetail:
     """One profile."""
-    return ProfileView.of(ProfileRepository(session).get(profile_id))
+    profiles = ProfileRepository(session)
+    row = profiles.get(profile_id)
+    return ProfileDetail.with_peaks(row, *profiles.memory_peaks(row.job_id))
 
 
 @router.get("/{profile_id}/samples")

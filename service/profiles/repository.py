@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.db.tables import MetricRow, ProfileRow, SampleRow
+from service.db.tables import EventRow, MetricRow, ProfileRow, SampleRow
 from service.errors import NotFound
 from service.ids import is_well_formed
 from service.paging import Window, by_number, newest_first
@@ -77,6 +77,14 @@ class ProfileRepository:
             .group_by(SampleRow.chunk_index, SampleRow.phase)
         )
         return [PhasePeak(*values) for values in self._session.execute(statement)]
+
+    def memory_peaks(self, job_id: str) -> tuple[int, int]:
+        """Highest reserved bytes and highest resident bytes of the trainer; 0 where the records are gone."""
+        highest = select(func.max(SampleRow.reserved_bytes), func.max(SampleRow.host_bytes))
+        reserved, host = self._session.execute(highest.where(SampleRow.job_id == job_id)).one()
+        ends = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.type == "finished")
+        of_attempts = [data.get("process_peak_bytes") or 0 for data in self._session.scalars(ends)]
+        return reserved or 0, max([host or 0, *of_attempts])
 
     def mean_step_seconds(self, job_id: str) -> float | None:
         """Mean time of one update."""

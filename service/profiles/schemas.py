@@ -35,7 +35,22 @@ class ProfileView(Listed):
     @classmethod
     def of(cls, row: ProfileRow) -> ProfileView:
         """The view of a stored profile."""
-        return cls(**{name: getattr(row, name) for name in cls.model_fields if name != "object"})
+        return cls(**{name: getattr(row, name) for name in ProfileView.model_fields if name != "object"})
+
+
+class ProfileDetail(ProfileView):
+    """A profile with its other counters, which are known for as long as the job's samples and events are kept."""
+
+    measured_reserved_bytes: int | None = None
+    """What the caching allocator took at most; on the CPU what tensors took."""
+    measured_process_bytes: int | None = None
+    """The trainer's highest resident memory."""
+
+    @classmethod
+    def with_peaks(cls, row: ProfileRow, reserved_bytes: int, process_bytes: int) -> ProfileDetail:
+        """The view of a stored profile; 0 bytes are unknown."""
+        peaks = {"measured_reserved_bytes": reserved_bytes or None, "measured_process_bytes": process_bytes or None}
+        return cls.model_validate({**ProfileView.of(row).model_dump(), **peaks})
 
 
 class SampleView(Listed):

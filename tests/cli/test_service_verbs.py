@@ -34,7 +34,7 @@ def service(chunkplan, start_server, monkeypatch):
     return server
 
 
-def test_a_job_from_submission_to_profile(in_process, service, job_file):
+def test_a_job_from_submission_to_profile(in_process, service, job_file, tmp_path):
     dry = in_process("submit", job_file, "--dry-run")
     assert (dry.returncode, dry.stdout[:18]) == (0, "would be admitted:"), dry.stderr
     assert json.loads(in_process("jobs", "list", "--json").stdout) == []
@@ -58,6 +58,16 @@ def test_a_job_from_submission_to_profile(in_process, service, job_file):
     assert "mean difference" in in_process("profiles", "show", profile["id"]).stdout
     compared = in_process("profiles", "compare", profile["id"], profile["id"])
     assert compared.stdout.count(profile["model"]) == 2
+
+    calibrated = in_process("profiles", "calibrate", "--output", tmp_path / "calibration.json", "--json")
+    assert calibrated.returncode == 0, calibrated.stderr
+    margin = json.loads(calibrated.stdout)["devices"]["cpu"]
+    assert margin["num_runs"] == 1
+    assert margin["share"] >= 0.0
+    (seen,) = json.loads((tmp_path / "calibration.json").read_text())["devices"]["cpu"]
+    assert seen["plan_id"] == profile["plan_id"]
+    assert 200 * 2**20 < seen["measured_bytes"] < 2**30  # the trainer's whole process, not its tensors
+    assert "cpu" in in_process("profiles", "calibrate", "--output", tmp_path / "calibration.json").stdout
 
     too_late = in_process("jobs", "cancel", job["id"])
     assert too_late.returncode == 2
