@@ -35,7 +35,7 @@ def accelerate(config: dict[str, Any], num_parameters: int, training: TrainingSp
 
 
 def canifinetune(config: dict[str, Any], num_parameters: int, training: TrainingSpec) -> Answer:
-    """canifinetune's total without its safety margin; its target is reserved memory."""
+    """Canifinetune's total without its safety margin; its target is reserved memory."""
     if not _has("canifinetune", "platformdirs"):
         return "not installed"
     from canifinetune.estimator import EstimateRequest, estimate, register_known_model
@@ -69,7 +69,7 @@ def canifinetune(config: dict[str, Any], num_parameters: int, training: Training
 
 
 def ftuneai(config: dict[str, Any], num_parameters: int, training: TrainingSpec) -> Answer:
-    """ftuneai's total."""
+    """Ftuneai's total."""
     if not _has("ftuneai"):
         return "not installed"
     from ftuneai import ModelSpec, TrainingConfig
@@ -114,7 +114,7 @@ def _has(*packages: str) -> bool:
 
 
 def _as_enums(asked: Any) -> None:
-    """ftuneai's estimator compares enums; its own front end makes them of strings in the same way."""
+    """Ftuneai's estimator compares enums; its own front end makes them of strings in the same way."""
     from ftuneai import FineTuneMethod, OptimizerType
 
     asked.method, asked.optimizer = FineTuneMethod(asked.method), OptimizerType(asked.optimizer)

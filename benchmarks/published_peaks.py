@@ -25,6 +25,8 @@ GPUS = {"a100": "a100-80gb", "unknown": "a100-80gb"}
 MODELS = {"llama-7b": "llama-2-7b"}
 """Same shapes under another name."""
 BLOCKS = "block, switch every 50"
+EAGER = ("LOMO paper",)
+"""Sources from before transformers had fused attention for Llama (4.36): their runs built the attention matrix."""
 FLOOR_GIB = 12.55
 """Weights of Llama-2-7B in bf16: no schedule with resident weights goes below."""
 
@@ -69,6 +71,7 @@ def request_of(row: dict[str, str]) -> tuple[PlanRequest, list[str]]:
     training = {
         "method": "chunkft" if row["method"] == BLOCKS else row["method"],
         "seq_len": int(row["seq_len"]), "micro_batch_size": int(row["micro_batch"]),
+        "attention": "eager" if row["source"].startswith(EAGER) else "sdpa",
         "optimizer": "adafactor" if row["optimizer"] == "adafactor" else "adamw",
         "activation_checkpointing": checkpointing, "loss": "fused" if fused else "standard", "schedule": schedule,
         "precision": "fp16" if row["weights_dtype"] == "mixed" else "bf16",

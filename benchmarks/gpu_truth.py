@@ -1,0 +1,541 @@
+"""A real GPU against its plans: python -m benchmarks.gpu_truth [--device cuda:0] [--minutes 9] [--output FILE].
+
+Measures what the planner's tables state (context, what the driver keeps, cuBLAS workspaces, flash attention's scratch,
+rates of products and copies), then trains random models of a grid through the engine for one cycle and compares
+allocated, reserved and device memory and the time of an update with the plan; then replays a recorded memory history
+through the allocator's simulator; then trains under a hard limit at the planned bound, which must never fail.
+
+It can be stopped at any time: what is in the output file is not measured again unless the planner's code has changed,
+and ``--minutes`` ends it between two cases. Needs torch, transformers and pydantic, neither a service nor a database.
+Where a GPU machine lacks pydantic, carry it: ``pip install --target wheels pydantic`` on a machine with the same
+Python, and ``PYTHONPATH=wheels`` there. ``--device cpu`` runs the grid's first cases on the processor, to its end, and
+says what it could not check. ``--fit FILE`` writes the runs as a calibration (planner.calibration).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.planner_accuracy import CONFIGS, build, measure, summary, versions
+from engine import ChunkFT
+from engine.profiler import CudaProfiler
+from engine.spec import TrainingSpec
+from planner import Plan, PlanRequest, plan
+from planner.allocator import CachingAllocator
+from planner.cache import code_digest
+from planner.calibration import Calibration, Observation, device_key, write_calibration
+from planner.catalog import detect_gpu, find_gpu, find_model
+from planner.overheads import attention_backward_scratch_bytes, overheads
+from planner.residuals import STEP, residuals
+from planner.spec import GpuSpec
+
+RESULTS = Path(__file__).parent / "results" / "gpu_truth.json"
+MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2-medium", "pythia-410m", "gemma-2-2b")
+TINY = ("llama", "qwen2", "gpt2")
+ONLY_ON_A_GPU = (
+    "context and what the driver keeps", "cuBLAS workspaces", "flash attention's scratch",
+    "rates of matrix products and copies", "reserved and device memory", "time of an update by CUDA events",
+    "replay of a recorded memory history", "a hard limit at the planned bound",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a catalog model (on the CPU a tiny one of the accuracy benchmark) and a training spec."""
+
+    model: str
+    training: TrainingSpec
+
+    @property
+    def name(self) -> str:
+        """Unique in the grid."""
+        t = self.training
+        kind = f"{t.method} K={t.schedule.num_chunks} switch={t.schedule.switch_every} {t.loss} {t.precision}"
+        return f"{self.model} {kind} {t.micro_batch_size}x{t.seq_len} checkpointing={t.activation_checkpointing}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config."""
+        return CONFIGS[self.model] if self.model in CONFIGS else find_model(self.model).config
+
+
+def grid(models: tuple[str, ...]) -> Iterator[Case]:
+    """Families by number of chunks, batch, length and checkpointing; every run visits all positions of its chunks.
+
+    The cases that differ most come first, so that a short time sees something of everything.
+    """
+    sizes = ((1, 1024), (4, 512), (1, 4096), (8, 128), (2, 2048))
+    for batch, length in sizes:
+        for checkpointing in ("full", "none"):
+            for num_chunks in (8, 32, 1):
+                for model in models:
+                    if model.startswith("gpt2") and length > 1024:
+                        continue  # as many positions as it has learned
+                    training = {
+                        "seq_len": length,
+                        "micro_batch_size": batch, "activation_checkpointing": checkpointing,
+                        "loss": "fused" if num_chunks > 1 else "standard", "method": "chunkft",
+                        "attention": "eager" if model.startswith("gemma") else "sdpa",
+                        "schedule": {"num_chunks": num_chunks, "switch_every": 2 if num_chunks == 1 else 1},
+                    }  # fmt: skip
+                    yield Case(model, TrainingSpec.model_validate(training))
+
+
+@dataclass
+class Record:
+    """The output file: what was measured so far."""
+
+    path: Path
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, device: dict[str, Any]) -> Record:
+        """Continue a file of the same device and code, or begin one."""
+        head = {"device": device, "versions": versions(), "code": code_digest()}
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            content = {}
+        if {key: content.get(key) for key in head} != head:
+            content = {**head, "constants": {}, "runs": {}, "replays": {}, "limits": {}}
+        return cls(path, content)
+
+    def put(self, section: str, name: str, value: Any) -> None:
+        """Keep one result, on disk too."""
+        self.content[section][name] = value
+        self.save()
+
+    def save(self) -> None:
+        """Write the file in one piece."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def planned(case: Case, gpu: GpuSpec | str) -> Plan:
+    """The plan of a case."""
+    request = {"model": {"config": case.config}, "gpu": gpu, "training": case.training}
+    return plan(PlanRequest.model_validate(request))
+
+
+def compared(case: Case, answer: Plan, samples: list[Any]) -> dict[str, Any]:
+    """Residuals of a run as the record keeps them."""
+    steps = [residual for residual in residuals(answer, samples) if residual.phase == STEP]
+    return {
+        "peak_bytes": max(residual.measured_bytes for residual in steps),
+        "planned": answer.peak.model_dump(),
+        "weights_bytes": answer.model.parameter_bytes,
+        "plan_id": answer.id,
+        "allocated": summary(steps),
+        "chunks": [residual.model_dump() for residual in steps],
+        "training": case.training.model_dump(mode="json"),
+    }
+
+
+def run_on_cpu(case: Case) -> dict[str, Any]:
+    """One cycle on the processor: allocated bytes only."""
+    torch.manual_seed(0)
+    return compared(case, planned(case, "cpu"), measure(case.config, case.training))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Allocated peak of one phase of one update on the GPU."""
+
+    chunk_index: int
+    phase: str
+    allocated_bytes: int
+
+
+class GpuRun:
+    """One model on the GPU, trained for cycles."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.seconds: list[float] = []
+
+    def cycle(self) -> list[Seen]:
+        """Build the model, train one warm-up update and one cycle; returns the peaks by phase."""
+        training, device = self.case.training, self.device
+        profiler = CudaProfiler(device)
+        torch.manual_seed(0)
+        with device:
+            model = build(self.case.config, training)
+        tuner = ChunkFT.of(training, model, observer=profiler)
+        shape = (training.micro_batch_size, training.seq_len)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        seen: list[Seen] = []
+        num_updates = tuner.schedule.updates_per_cycle
+        for update in range(num_updates + 1):
+            chunk_index = tuner.visit.chunk_index
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with profiler.step():
+                ids = torch.randint(0, vocabulary, shape, device=device)
+                batch = {"input_ids": ids, "labels": ids.clone()}
+                begin.record()
+                tuner.backward(batch, float(ids.numel()))
+                tuner.step()
+                end.record()
+                del ids, batch
+            torch.cuda.synchronize(device)
+            if update:  # the first one loads kernels
+                self.seconds.append(begin.elapsed_time(end) / 1e3)
+            seen += [Seen(chunk_index, s.phase, s.allocated_bytes) for s in profiler.samples]
+        tuner.close()
+        return seen
+
+
+def fresh(device: torch.device) -> None:
+    """Give everything back and begin the peaks anew."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def run_on_gpu(case: Case, gpu: GpuSpec, device: torch.device) -> dict[str, Any]:
+    """One cycle on the GPU against its plan: allocated, reserved, what the driver says, and time."""
+    answer = planned(case, gpu)
+    if not answer.fits:
+        return {"skipped": "the plan does not fit", "planned": answer.peak.model_dump()}
+    fresh(device)
+    run = GpuRun(case, device)
+    reserved_by_phase = _HighestReserved(device)
+    with reserved_by_phase:
+        samples = run.cycle()
+    free, total = torch.cuda.mem_get_info(device)
+    seconds = sum(run.seconds) / len(run.seconds)
+    return {
+        **compared(case, answer, samples),
+        "reserved_bytes": reserved_by_phase.highest_bytes,
+        "reserved_error": answer.peak.reserved_bytes / reserved_by_phase.highest_bytes - 1,
+        "used_at_end_bytes": total - free,
+        "upper_holds": answer.peak.upper_bytes
+        >= reserved_by_phase.highest_bytes + answer.peak.device_bytes - answer.peak.reserved_bytes,
+        "step_seconds": seconds,
+        "planned_step_seconds": answer.step_seconds,
+        "time_ratio": seconds / answer.step_seconds * answer.time_ratio,
+    }
+
+
+class _HighestReserved:
+    """The highest reserved bytes of a block of code, whatever the profiler resets within: nothing is given back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.highest_bytes = 0
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        # Segments stay until the cache is emptied, which only the next case does.
+        self.highest_bytes = torch.cuda.memory_reserved(self._device)
+
+
+def replay(case: Case, device: torch.device) -> dict[str, Any]:
+    """Record a run's memory history and feed it to the simulator: the peaks of reserved bytes must agree."""
+    fresh(device)
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.memory._record_memory_history(max_entries=2_000_000, stacks="python", context=None)
+    try:
+        GpuRun(case, device).cycle()
+        events = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    simulated, recorded, num_unknown = simulate(events)
+    return {
+        "num_events": len(events),
+        "reserved_before_bytes": before,
+        "recorded_reserved_bytes": recorded,
+        "simulated_reserved_bytes": simulated,
+        "frees_of_earlier_blocks": num_unknown,
+        "relative_error": simulated / recorded - 1 if recorded else 0.0,
+    }
+
+
+def simulate(events: list[dict[str, Any]]) -> tuple[int, int, int]:
+    """Peaks of reserved bytes of a memory history: by the simulator, and as recorded; and frees of unknown blocks."""
+    allocator = CachingAllocator()
+    blocks: dict[int, int] = {}
+    streams: dict[int, int] = {}
+    reserved = recorded = num_unknown = 0
+    for number, event in enumerate(events):
+        action, address = event["action"], event["addr"]
+        if action == "alloc":
+            blocks[address] = number
+            allocator.malloc(number, event["size"], streams.setdefault(event.get("stream", 0), len(streams)))
+        elif action == "free_completed":
+            if address in blocks:
+                allocator.free(blocks.pop(address))
+            else:
+                num_unknown += 1
+        elif action in ("segment_alloc", "segment_map"):
+            reserved += event["size"]
+            recorded = max(recorded, reserved)
+        elif action in ("segment_free", "segment_unmap"):
+            reserved -= event["size"]
+    return allocator.max_reserved_bytes, recorded, num_unknown
+
+
+def under_limit(case: Case, gpu: GpuSpec, device: torch.device) -> dict[str, Any]:
+    """Train with the allocator held to the planned bound less the context."""
+    answer = planned(case, gpu)
+    limit = answer.peak.upper_bytes - overheads(gpu).context_bytes
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit >= total:
+        return {"skipped": "the bound is above the device"}
+    fresh(device)
+    with _fraction(limit / total, device):
+        try:
+            GpuRun(case, device).cycle()
+        except torch.OutOfMemoryError as error:
+            return {"limit_bytes": limit, "out_of_memory": str(error).splitlines()[0]}
+    return {"limit_bytes": limit, "out_of_memory": None}
+
+
+@contextmanager
+def _fraction(share: float, device: torch.device) -> Iterator[None]:
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+_CONTEXT_PROGRAM = """
+import json, sys, torch
+device = torch.device(sys.argv[1])
+free, total = torch.cuda.mem_get_info(device)
+bare = total - free
+a = torch.ones(1024, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+q = torch.ones(1, 4, 256, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+torch.nn.functional.silu(a @ a).softmax(-1).float().sum().backward()
+torch.cuda.synchronize()
+free, total = torch.cuda.mem_get_info(device)
+print(json.dumps({"total_bytes": total, "bare_bytes": bare, "used_bytes": total - free,
+                  "reserved_bytes": torch.cuda.memory_reserved(device)}))
+"""
+
+
+def context(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
+    """Context and driver, from a process of its own; right where no other process uses the device."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CONTEXT_PROGRAM, str(device)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    table = overheads(gpu)
+    return {
+        **found,
+        "context_bytes": found["used_bytes"] - found["reserved_bytes"],
+        "planned_context_bytes": table.context_bytes,
+        "driver_reserved_bytes": _board_bytes() - found["total_bytes"],
+        "planned_driver_reserved_bytes": table.driver_reserved_bytes,
+    }
+
+
+def _board_bytes() -> int:
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]) * 2**20
+
+
+def workspace(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
+    """What the first product takes from the allocator and keeps, forward and in autograd's thread."""
+    fresh(device)
+    a, out = (torch.ones(512, 512, device=device, dtype=torch.bfloat16) for _ in range(2))
+    before = torch.cuda.memory_allocated(device)
+    torch.mm(a, a, out=out)
+    forward = torch.cuda.memory_allocated(device) - before
+    leaf = a.clone().requires_grad_()
+    (leaf @ a).sum().backward()
+    del leaf
+    both = torch.cuda.memory_allocated(device) - before
+    return {"first_bytes": forward, "both_bytes": both, "planned_bytes": overheads(gpu).workspace_bytes}
+
+
+def attention_scratch(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
+    """Peak within flash attention's backward above its inputs and outputs, beside the formula."""
+    batch, heads, groups, length, width = 2, 32, 8, 2048, 128
+    sizes = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    q = torch.randn(batch, heads, length, width, **sizes)
+    k, v = (torch.randn(batch, groups, length, width, **sizes) for _ in range(2))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        gradient = torch.ones_like(out)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        out.backward(gradient)
+    torch.cuda.synchronize(device)
+    gradients = sum(tensor.grad.nbytes for tensor in (q, k, v) if tensor.grad is not None)
+    scratch = torch.cuda.max_memory_allocated(device) - before - gradients
+    formula = attention_backward_scratch_bytes(batch, heads, groups, length, width, itemsize=2)
+    return {"shape": [batch, heads, groups, length, width], "scratch_bytes": scratch, "planned_bytes": formula}
+
+
+def measured_rates(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
+    """Shares of the catalog's peak rates that large products and copies reach."""
+    size = 8192
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    flops = 2 * size**3 / _seconds(lambda: a @ a, device)
+    source = torch.empty(2**28, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    moved = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+    home = torch.empty(2**26, dtype=torch.float32, pin_memory=True)
+    link = home.nbytes / _seconds(lambda: target[: home.numel()].copy_(home, non_blocking=True), device)
+    return {
+        "bf16_flops": flops, "bf16_share": flops / gpu.bf16_flops, "bandwidth": moved,
+        "bandwidth_share": moved / gpu.memory_bandwidth, "link_bandwidth": link,
+        "planned_link_bandwidth": gpu.link_bandwidth,
+    }  # fmt: skip
+
+
+def _seconds(work: Any, device: torch.device, repeats: int = 20) -> float:
+    for _ in range(3):
+        work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
+CONSTANTS = {
+    "context": context,
+    "workspace": workspace,
+    "attention_scratch": attention_scratch,
+    "rates": measured_rates,
+}
+
+
+def on_gpu(record: Record, device: torch.device, gpu: GpuSpec, until: float, num_cases: int | None) -> None:
+    """Everything that is not in the record yet, until the time is over."""
+    for name, find in CONSTANTS.items():
+        if name not in record.content["constants"]:
+            record.put("constants", name, find(device, gpu))
+            print(name, json.dumps(record.content["constants"][name]), flush=True)
+            fresh(device)
+    cases = list(grid(MODELS))[:num_cases]
+    for number, case in enumerate(cases):
+        work = {"runs": lambda case=case: run_on_gpu(case, gpu, device)}
+        if number % 5 == 0:  # one of each row of families: they take a run of their own
+            work["replays"] = lambda case=case: replay(case, device)
+        work["limits"] = lambda case=case: under_limit(case, gpu, device)
+        for section, measure_it in work.items():
+            if case.name in record.content[section]:
+                continue
+            if time.monotonic() > until:
+                return
+            try:
+                found = measure_it()
+            except torch.OutOfMemoryError as error:
+                found = {"out_of_memory": str(error).splitlines()[0]}
+            record.put(section, case.name, found)
+            print(section, case.name, {key: found[key] for key in found if key not in _LONG}, flush=True)
+
+
+_LONG = {"chunks", "planned", "training", "allocated"}
+
+
+def on_cpu(record: Record, until: float, num_cases: int | None) -> None:
+    """The first cases on the processor, with tiny models."""
+    for case in [case for case in grid(TINY) if case.training.seq_len * case.training.micro_batch_size <= 2048][
+        :num_cases
+    ]:
+        if time.monotonic() > until:
+            return
+        if case.name not in record.content["runs"]:
+            record.put("runs", case.name, run_on_cpu(case))
+            errors = record.content["runs"][case.name]["allocated"]
+            print(
+                f"{case.name:72} mean {errors['mean_absolute']:.3%} worst under {errors['max_under']:+.3%}", flush=True
+            )
+
+
+def table(record: Record) -> dict[str, Any]:
+    """Errors over all runs, and everything that went against a plan."""
+    runs = [run for run in record.content["runs"].values() if "chunks" in run]
+    reserved = [run["reserved_error"] for run in runs if "reserved_error" in run]
+    ratios = [run["time_ratio"] for run in runs if "time_ratio" in run]
+    errors = [chunk["relative_error"] for run in runs for chunk in run["chunks"]]
+    limits, replays = record.content["limits"], record.content["replays"].values()
+    return {
+        "num_runs": len(runs),
+        "allocated_mean_absolute": sum(map(abs, errors)) / len(errors) if errors else None,
+        "allocated_max_absolute": max(map(abs, errors), default=None),
+        "allocated_max_under": min(errors, default=None),
+        "reserved_mean_absolute": sum(map(abs, reserved)) / len(reserved) if reserved else None,
+        "reserved_max_absolute": max(map(abs, reserved), default=None),
+        "time_ratio_median": sorted(ratios)[len(ratios) // 2] if ratios else None,
+        "bounds_exceeded": [name for name, run in record.content["runs"].items() if run.get("upper_holds") is False],
+        "num_limited_runs": sum("limit_bytes" in found for found in limits.values()),
+        "out_of_memory_at_bound": [name for name, found in limits.items() if found.get("out_of_memory")],
+        "replay_max_error": max(
+            (abs(r.get("relative_error", 1.0)) for r in record.content["replays"].values()), default=None
+        ),
+    }
+
+
+def observations(record: Record) -> list[Observation]:
+    """The GPU runs as the planner's calibration wants them."""
+    return [
+        Observation(
+            plan_id=run["plan_id"],
+            predicted_bytes=run["planned"]["device_bytes"],
+            weights_bytes=run["weights_bytes"],
+            measured_bytes=run["reserved_bytes"] + run["planned"]["device_bytes"] - run["planned"]["reserved_bytes"],
+            time_ratio=run["time_ratio"],
+        )
+        for run in record.content["runs"].values()
+        if "reserved_bytes" in run
+    ]
+
+
+def main() -> int:
+    """Measure what is missing, print the table; 1 when a run went out of memory at its bound."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpu", help="catalog id of the device; by default the driver is asked")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no case begins later than this")
+    parser.add_argument("--cases", type=int, help="at most this many of the grid's cases")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--fit", type=Path, help="write a calibration file of the runs")
+    arguments = parser.parse_args()
+    until = time.monotonic() + 60 * arguments.minutes
+    device = torch.device(arguments.device)
+    is_gpu = device.type == "cuda"
+    gpu = find_gpu("cpu") if not is_gpu else find_gpu(arguments.gpu) if arguments.gpu else detect_gpu()
+    name = torch.cuda.get_device_name(device) if is_gpu else "cpu"
+    record = Record.open(arguments.output, {"name": name, "planned_as": gpu.model_dump(mode="json")})
+    if is_gpu:
+        on_gpu(record, device, gpu, until, arguments.cases)
+    else:
+        on_cpu(record, until, arguments.cases)
+    record.content["table"] = table(record)
+    record.content["not_checked"] = [] if is_gpu else list(ONLY_ON_A_GPU)
+    record.save()
+    print(json.dumps(record.content["table"], indent=1))
+    if not is_gpu:
+        print("no GPU: not checked: " + "; ".join(ONLY_ON_A_GPU))
+    if arguments.fit and is_gpu:
+        write_calibration(Calibration(devices={device_key(gpu): observations(record)}), arguments.fit)
+    return 1 if record.content["table"]["out_of_memory_at_bound"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
