@@ -485,9 +485,7 @@ def table(record: Record) -> dict[str, Any]:
         "bounds_exceeded": [name for name, run in record.content["runs"].items() if run.get("upper_holds") is False],
         "num_limited_runs": sum("limit_bytes" in found for found in limits.values()),
         "out_of_memory_at_bound": [name for name, found in limits.items() if found.get("out_of_memory")],
-        "replay_max_error": max(
-            (abs(r.get("relative_error", 1.0)) for r in record.content["replays"].values()), default=None
-        ),
+        "replay_max_error": max((abs(found.get("relative_error", 1.0)) for found in replays), default=None),
     }
 
 

@@ -1,12 +1,18 @@
 """Real training runs on the CPU against their plans: python -m benchmarks.planner_accuracy [--output FILE].
 
 Every case trains a randomly initialised model through the engine for one cycle, reads the allocator's own record
-(torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same request.
+(torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same request. Then the
+same case runs as a job does, in a trainer's process of its own (benchmarks/trainer_process.py), and the process's
+highest resident memory is compared with ``device_bytes`` and ``upper_bytes``.
+
+What is in the output file is not run again, unless planner, engine or this file have changed: it can be stopped at
+any time, and ``--minutes`` ends it between two cases. ``--fit`` writes the processes as the planner's own calibration.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +20,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +31,17 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from benchmarks.peers import PEERS, peers_say
+from benchmarks.trainer_process import is_runnable, process_peak_bytes
 from engine import ChunkFT
 from engine.lora import add_adapters
 from engine.models import DTYPES, attention_for
 from engine.profiler import CpuProfiler
 from engine.spec import TrainingSpec
 from engine.tasks import Task, task_of, task_of_config
-from planner import PLANNER_VERSION, PlanRequest, plan
+from planner import PLANNER_VERSION, Plan, PlanRequest, plan
+from planner.cache import code_digest
+from planner.calibration import BUILT_IN, Calibration, Observation, fit, write_calibration
 from planner.residuals import STEP, Residual, residuals
 
 RESULTS = Path(__file__).parent / "results" / "planner_accuracy.json"
@@ -144,6 +155,26 @@ def grid() -> Iterator[Case]:
     yield from lora_grid()
     yield from _half_precisions()
     yield from _update_grid()
+    yield from _long_sequences()
+
+
+def _long_sequences() -> Iterator[Case]:
+    """Up to 2048 tokens: where attention's scratch and the loss outgrow the weights."""
+    for model in ("llama", "qwen2", "mistral"):
+        for checkpointing in ("full", "none"):
+            yield case(
+                model, num_chunks=3, seq_len=2048, micro_batch_size=1, activation_checkpointing=checkpointing,
+                precision="bf16" if model == "qwen2" else "fp32",
+            )  # fmt: skip
+    for model, length in (("gpt_neox", 2048), ("gpt2", 1024), ("opt", 1024), ("llama-tied", 2048)):
+        yield case(model, num_chunks=3, seq_len=length, micro_batch_size=1, loss="standard")
+        yield case(model, num_chunks=2, seq_len=length, micro_batch_size=1, precision="bf16")
+    yield case("llama", num_chunks=3, seq_len=512, micro_batch_size=4, activation_checkpointing="none")
+    yield case("llama", num_chunks=3, seq_len=256, micro_batch_size=8, activation_checkpointing="none")
+    yield case("llama", num_chunks=3, seq_len=2048, micro_batch_size=1, attention="eager")
+    yield case("bert", num_chunks=3, seq_len=1024, micro_batch_size=1)
+    yield case("mixtral", num_chunks=3, seq_len=512, micro_batch_size=4)
+    yield case("t5", num_chunks=3, seq_len=512, micro_batch_size=4)
 
 
 def _update_grid() -> Iterator[Case]:
@@ -261,12 +292,16 @@ def _positions(shape: tuple[int, int], generator: torch.Generator) -> torch.Tens
     return positions
 
 
+def planned(item: Case) -> Plan:
+    """The case's plan."""
+    request = {"model": {"config": CONFIGS[item.model]}, "gpu": "cpu", "training": item.training}
+    return plan(PlanRequest.model_validate(request))
+
+
 def compare(item: Case) -> list[Residual]:
     """Plan and run one case; residuals per chunk and phase."""
-    config = CONFIGS[item.model]
     torch.manual_seed(0)
-    answer = plan(PlanRequest.model_validate({"model": {"config": config}, "gpu": "cpu", "training": item.training}))
-    return residuals(answer, measure(config, item.training))
+    return residuals(planned(item), measure(CONFIGS[item.model], item.training))
 
 
 def summary(found: list[Residual]) -> dict[str, Any]:
@@ -296,39 +331,181 @@ def versions() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the grid, print the table, write the results."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    output = parser.parse_args().output
-    begin = time.perf_counter()
-    runs, steps, phases = [], [], []
-    print(f"{'case':88} {'peak MB':>8} {'mean |e|':>9} {'worst':>9}")
-    for item in grid():
-        found = compare(item)
-        chunks = [residual for residual in found if residual.phase == STEP]
-        steps += chunks
-        phases += [residual for residual in found if residual.phase != STEP]
-        figures, peak = summary(chunks), max(residual.measured_bytes for residual in chunks)
-        worst = max(chunks, key=lambda residual: abs(residual.relative_error)).relative_error
-        print(f"{item.name:88} {peak / 1e6:8.2f} {figures['mean_absolute']:9.4%} {worst:+9.4%}", flush=True)
-        spec = item.training.model_dump(mode="json")
-        runs.append({"name": item.name, "training": spec, "peak_bytes": peak, **figures})
-    result = {
+def code_version() -> str:
+    """Digest of what the figures depend on: traced code, and this benchmark's."""
+    digest = hashlib.sha256(code_digest().encode())
+    for name in ("planner_accuracy.py", "trainer_process.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(item: Case) -> dict[str, Any]:
+    """One row: errors of allocated bytes over chunks and phases, and what peers say of the peak."""
+    found = compare(item)
+    chunks = [residual for residual in found if residual.phase == STEP]
+    answer = planned(item)
+    return {
+        "name": item.name,
+        "training": item.training.model_dump(mode="json"),
+        "peak_bytes": max(residual.measured_bytes for residual in chunks),
+        **summary(chunks),
+        "steps": [residual.model_dump() for residual in chunks],
+        "phases": [residual.model_dump() for residual in found if residual.phase != STEP],
+        "peers": peers_say(CONFIGS[item.model], answer.model.num_parameters, item.training),
+    }
+
+
+def run_process(item: Case) -> dict[str, Any]:
+    """The same case as a job: resident memory of the trainer's process beside the plan."""
+    answer = planned(item)
+    measured = process_peak_bytes(CONFIGS[item.model], item.training)
+    return {
+        "plan_id": answer.id,
+        "process_bytes": measured,
+        "device_bytes": answer.peak.device_bytes,
+        "weights_bytes": answer.model.parameter_bytes,
+    }
+
+
+def bounds(rows: list[dict[str, Any]]) -> tuple[list[Observation], dict[str, Any]]:
+    """The processes as observations, and how far above them the bound is that is fitted from them."""
+    processes = [row["process"] for row in rows if row.get("process")]
+    known = [
+        Observation(
+            plan_id=process["plan_id"],
+            predicted_bytes=process["device_bytes"],
+            weights_bytes=process["weights_bytes"],
+            measured_bytes=process["process_bytes"],
+        )
+        for process in processes
+    ]
+    margin = fit("cpu", known)
+    for process in processes:
+        process["upper_bytes"] = margin.bound(process["device_bytes"], process["weights_bytes"])
+        process["upper_above"] = process["upper_bytes"] / process["process_bytes"] - 1
+    above = [process["upper_above"] for process in processes]
+    points = [process["device_bytes"] / process["process_bytes"] - 1 for process in processes]
+    return known, {
+        "num_processes": len(processes),
+        "upper_below_measured": sum(value < 0 for value in above),
+        "upper_mean_above": sum(above) / len(above) if above else None,
+        "upper_max_above": max(above, default=None),
+        "device_mean_error": sum(points) / len(points) if points else None,
+        "device_mean_absolute": sum(map(abs, points)) / len(points) if points else None,
+        "margin": margin.model_dump(),
+    }
+
+
+def peer_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every peer's error over the cases that it can do, beside ours over the same cases."""
+    found = {}
+    for name in PEERS:
+        able = [row for row in rows if isinstance(row["peers"][name], int)]
+        errors = [row["peers"][name] / row["peak_bytes"] - 1 for row in able]
+        ours = [row["mean_absolute"] for row in able]
+        found[name] = {
+            "num_cases": len(able),
+            "mean_absolute": sum(map(abs, errors)) / len(errors) if errors else None,
+            "max_absolute": max(map(abs, errors), default=None),
+            "ours_mean_absolute": sum(ours) / len(ours) if ours else None,
+        }
+    return found
+
+
+def result_of(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The output file."""
+    steps = [Residual(**values) for row in rows for values in row["steps"]]
+    phases = [Residual(**values) for row in rows for values in row["phases"]]
+    return {
         "command": " ".join(["python -m benchmarks.planner_accuracy", *sys.argv[1:]]),
         "versions": versions(),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "num_runs": len(runs),
+        "code": code_version(),
+        "seconds": round(seconds, 1),
+        "num_runs": len(rows),
         "per_chunk": summary(steps),
         "per_phase": summary(phases),
+        "bound": bounds(rows)[1],
+        "peers": peer_summary(rows),
         "configs": CONFIGS,
-        "runs": runs,
+        "runs": rows,
     }
-    for title in ("per_chunk", "per_phase"):
+
+
+def main() -> None:
+    """Run what is missing of the grid, print the table, write the results."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no case begins later than this")
+    parser.add_argument("--jobs", type=int, default=2, help="trainer processes at once")
+    parser.add_argument("--cases", type=int, help="only every n-th case, so that this many are run")
+    parser.add_argument("--skip-processes", action="store_true", help="allocated bytes only")
+    parser.add_argument("--fit", action="store_true", help="write the planner's own calibration of the CPU")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    until = begin + 60 * arguments.minutes
+    rows, seconds = known_rows(arguments.output)
+    items = list(grid())
+    if arguments.cases:
+        items = items[:: max(1, len(items) // arguments.cases)]
+
+    def save() -> None:
+        order = {item.name: number for number, item in enumerate(grid())}
+        kept = sorted(rows.values(), key=lambda row: order[row["name"]])
+        result = result_of(kept, seconds + time.perf_counter() - begin)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.output.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(arguments.output)
+
+    print(f"{'case':88} {'peak MB':>8} {'mean |e|':>9} {'worst':>9}")
+    for item in items:
+        if item.name not in rows and time.perf_counter() < until:
+            row = rows[item.name] = run(item)
+            worst = row["max_over"] if row["max_over"] > -row["max_under"] else row["max_under"]
+            print(
+                f"{item.name:88} {row['peak_bytes'] / 1e6:8.2f} {row['mean_absolute']:9.4%} {worst:+9.4%}", flush=True
+            )
+            save()
+    if not arguments.skip_processes:
+        missing = [i for i in items if i.name in rows and not rows[i.name].get("process") and is_runnable(i.training)]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+
+            def one(item: Case) -> tuple[Case, dict[str, Any]] | None:
+                return (item, run_process(item)) if time.perf_counter() < until else None
+
+            for done in pool.map(one, [item for item in missing if "seq2seq" not in _task(item)]):
+                if done is not None:
+                    rows[done[0].name]["process"] = done[1]
+                    measured, device = done[1]["process_bytes"], done[1]["device_bytes"]
+                    print(f"{done[0].name:88} process {measured / 1e6:8.1f} {device / measured - 1:+8.2%}", flush=True)
+                    save()
+    ordered = list(rows.values())
+    if not ordered:
+        return
+    save()
+    observed, bound = bounds(ordered)
+    if arguments.fit and observed:
+        write_calibration(Calibration(devices={"cpu": observed}), BUILT_IN)
+    result = json.loads(arguments.output.read_text())
+    for title in ("per_chunk", "per_phase", "bound", "peers"):
         print(title, json.dumps(result[title]))
-    print(f"{len(runs)} runs in {result['seconds']} s")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(ordered)} runs, {bound['num_processes']} processes, in {result['seconds']} s")
+
+
+def _task(item: Case) -> str:
+    return task_of_config(AutoConfig.for_model(**CONFIGS[item.model])).value
+
+
+def known_rows(path: Path) -> tuple[dict[str, dict[str, Any]], float]:
+    """Rows of the same code by name, and the seconds that they took."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}, 0.0
+    if content.get("code") != code_version():
+        return {}, 0.0
+    names = {item.name for item in grid()}
+    return {row["name"]: row for row in content["runs"] if row["name"] in names}, content["seconds"]
 
 
 if __name__ == "__main__":

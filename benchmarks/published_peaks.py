@@ -65,6 +65,8 @@ def request_of(row: dict[str, str]) -> tuple[PlanRequest, list[str]]:
         schedule["master"] = "fp32"
     elif row["optimizer"] != "adafactor":
         schedule["state_dtype"] = "bf16"  # torch's AdamW gives its moments the weights' type
+    if row["source"].startswith(EAGER):
+        assumed.append("today's eager attention; the row's code kept more of the attention matrix")
     fused = row["method"] == "chunkft" or "chunked cross-entropy" in row["notes"] or row["id"] == "P07"
     if "compile" in row["notes"] or row["id"] == "P07":
         assumed.append("compiled in the row, eager here")

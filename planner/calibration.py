@@ -28,7 +28,7 @@ from planner.cache import cache_dir
 from planner.spec import GpuSpec, Plan, Result
 
 _MIB = 2**20
-_BUILT_IN = Path(__file__).with_name("calibration.json")
+BUILT_IN = Path(__file__).with_name("calibration.json")
 MAX_OBSERVATIONS = 1000
 """Per device; the newest count."""
 MIN_TIMES = 3
@@ -159,8 +159,8 @@ def calibration() -> Calibration:
     try:
         changed_ns = path.stat().st_mtime_ns
     except OSError:
-        return _read(_BUILT_IN, 0)
-    return Calibration(devices={**_read(_BUILT_IN, 0).devices, **_read(path, changed_ns).devices})
+        return _read(BUILT_IN, 0)
+    return Calibration(devices={**_read(BUILT_IN, 0).devices, **_read(path, changed_ns).devices})
 
 
 @lru_cache(maxsize=4)

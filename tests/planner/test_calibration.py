@@ -100,9 +100,9 @@ def test_the_file_lies_beside_the_traces_unless_said_otherwise(monkeypatch, tmp_
 
 def test_the_planners_own_observations_bound_the_cpu():
     """What the planner ships with: runs of the trainer's process, none of them above its bound."""
-    from planner.calibration import _BUILT_IN, _read
+    from planner.calibration import BUILT_IN, _read
 
-    runs = _read(_BUILT_IN, 0).devices.get("cpu", [])
+    runs = _read(BUILT_IN, 0).devices.get("cpu", [])
     margin = fit("cpu", runs)
     assert find_gpu("cpu").kind == "cpu"
     assert all(run.measured_bytes <= margin.bound(run.predicted_bytes, run.weights_bytes) for run in runs)
