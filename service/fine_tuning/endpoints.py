@@ -137,17 +137,13 @@ def list_checkpoints(job_id: str, session: ReadSession, window: WindowDep) -> Pa
 
 
 def _view(services: Services, session: Session, row: JobRow) -> FineTuningJobView:
-    return _views(services, session, [row])[0]
+    has_succeeded = row.state is JobState.SUCCEEDED
+    tokens = JobRepository(session).trained_tokens(row.id) if has_succeeded else None
+    return _views(services, session, [row])[0].model_copy(update={"trained_tokens": tokens})
 
 
 def _views(services: Services, session: Session, rows: Sequence[JobRow]) -> list[FineTuningJobView]:
-    jobs = JobRepository(session)
-    profiles = jobs.profile_ids([row.id for row in rows])
-    tokens = jobs.trained_tokens([row.id for row in rows if row.state is JobState.SUCCEEDED])
+    """As they are listed: without the tokens, which take a sum over every step."""
+    profiles = JobRepository(session).profile_ids([row.id for row in rows])
     runs_dir, now = services.settings.runs_dir, services.clock.now()
-    return [
-        FineTuningJobView.of(
-            row, profile_id=profiles.get(row.id), trained_tokens=tokens.get(row.id), runs_dir=runs_dir, now=now
-        )
-        for row in rows
-    ]
+    return [FineTuningJobView.of(row, profile_id=profiles.get(row.id), runs_dir=runs_dir, now=now) for row in rows]

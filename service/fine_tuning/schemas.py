@@ -83,8 +83,8 @@ class FineTuningJobView(Listed):
     metadata: dict[str, str] | None
     organization_id: str
     """The project."""
-    trained_tokens: int | None
-    """Of the sequences that the job was trained on, padding included."""
+    trained_tokens: int | None = None
+    """Of the sequences that a job that has succeeded was trained on, padding included; null in lists."""
     result_files: list[str]
     """None: the figures are at ``/v1/jobs/{id}/metrics``."""
     integrations: list[str]
@@ -92,12 +92,9 @@ class FineTuningJobView(Listed):
     """The job as ``/v1/jobs/{id}`` shows it."""
 
     @classmethod
-    def of(
-        cls, row: JobRow, *, profile_id: str | None, trained_tokens: int | None, runs_dir: Path, now: datetime
-    ) -> FineTuningJobView:
+    def of(cls, row: JobRow, *, profile_id: str | None, runs_dir: Path, now: datetime) -> FineTuningJobView:
         """The view of a stored job."""
         training = row.run_spec["training"]
-        has_succeeded = row.state is JobState.SUCCEEDED
         hyperparameters = _hyperparameters(training)
         is_estimated = row.state is JobState.RUNNING and row.eta_seconds is not None
         return cls(
@@ -108,7 +105,7 @@ class FineTuningJobView(Listed):
             status=STATUS[row.state],
             error=_error(row),
             model=row.model,
-            fine_tuned_model=_exported_folder(row, runs_dir) if has_succeeded else None,
+            fine_tuned_model=_exported_folder(row, runs_dir) if row.state is JobState.SUCCEEDED else None,
             training_file=_file(row.request["dataset"], "") or "",
             validation_file=_file(row.request["dataset"], "validation_"),
             hyperparameters=hyperparameters,
@@ -116,7 +113,6 @@ class FineTuningJobView(Listed):
             seed=training["seed"],
             metadata=row.request.get("metadata") or None,
             organization_id=row.project,
-            trained_tokens=trained_tokens if has_succeeded else None,
             result_files=[],
             integrations=[],
             chunkplan=JobView.of(row, profile_id),

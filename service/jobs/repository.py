@@ -135,14 +135,12 @@ class JobRepository:
         )
         return dict(self._session.execute(statement).all())
 
-    def trained_tokens(self, job_ids: Sequence[str]) -> dict[str, int]:
-        """Tokens of the sequences that the loss curve's steps were taken on, padding included, by job."""
-        statement = (
-            select(MetricRow.job_id, func.sum(MetricRow.num_tokens))
-            .where(MetricRow.job_id.in_(job_ids), MetricRow.kind == "train", MetricRow.superseded.is_(False))
-            .group_by(MetricRow.job_id)
+    def trained_tokens(self, job_id: str) -> int:
+        """Tokens of the sequences that the loss curve's steps were taken on, padding included."""
+        statement = select(func.sum(MetricRow.num_tokens)).where(
+            MetricRow.job_id == job_id, MetricRow.kind == "train", MetricRow.superseded.is_(False)
         )
-        return {job_id: int(total) for job_id, total in self._session.execute(statement).all()}
+        return int(self._session.scalar(statement) or 0)
 
     def checkpoints(self, job_id: str, window: Window) -> tuple[list[CheckpointRow], bool]:
         """Checkpoints, newest first."""
