@@ -107,14 +107,18 @@ def test_what_stands_in_the_way_is_named_in_bytes():
     assert (tiny.alternatives[0].role, tiny.alternatives[0].fits) == ("smallest", False)
 
 
-@pytest.mark.parametrize("field", ["seq_len", "micro_batch_size"])
-def test_the_largest_that_fits_fits_and_the_next_does_not(field):
-    roomy = plan(request(schedule={"num_chunks": 2}, **{field: 9 if field == "micro_batch_size" else 320}))
+@pytest.mark.parametrize(
+    ("field", "value", "others"), [("seq_len", 192, {"micro_batch_size": 3}), ("micro_batch_size", 9, {})]
+)
+def test_the_largest_that_fits_fits_and_the_next_does_not(field, value, others):
+    """Near a border of the allocator's segments, which the next value or the one after it crosses."""
+    training = {"schedule": {"num_chunks": 2}, **others}
+    roomy = plan(request(**training | {field: value}))
     limit = roomy.peak.upper_bytes + 1000
-    asked = request(memory_limit_bytes=limit, schedule={"num_chunks": 2})
+    asked = request(memory_limit_bytes=limit, **training)
     answer = largest(asked, field)
     assert answer.plan.fits
-    assert answer.value >= (9 if field == "micro_batch_size" else 320)
+    assert answer.value >= value
     assert getattr(answer.plan.request.training, field) == answer.value
     beyond = asked.training.model_copy(update={field: answer.value + answer.step})
     next_one = plan(asked.model_copy(update={"training": beyond}))
