@@ -109,10 +109,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _start(services: Services) -> None:
     upgrade(services.settings.database_url)
     services.supervisor.start()
+    services.housekeeper.start()
     log.info("ready", devices=[device.gpu.name for device in services.supervisor.devices])
 
 
 def _stop(services: Services) -> None:
+    services.housekeeper.stop()
     services.supervisor.stop()
     if services.owns_planner:
         services.planner.close()

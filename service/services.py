@@ -16,6 +16,7 @@ from service.execution.supervisor import Supervisor
 from service.files.service import FileService
 from service.jobs.service import JobService
 from service.operation.metrics import Metrics
+from service.operation.retention import Housekeeper
 from service.plans.service import PlanService
 from service.plans.worker import Planner, PlannerProcess
 from service.settings import Settings
@@ -35,6 +36,7 @@ class Services:
     files: FileService
     jobs: JobService
     supervisor: Supervisor
+    housekeeper: Housekeeper
     metrics: Metrics
     access: Access
     plan_turns: Turns
@@ -74,6 +76,7 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
         files=files,
         jobs=jobs,
         supervisor=supervisor,
+        housekeeper=Housekeeper(database, settings, clock, metrics),
         metrics=metrics,
         access=Access(database, clock),
         plan_turns=Turns("too_many_plans", "requests for plans"),

@@ -117,8 +117,12 @@ class Settings(BaseSettings):
     """How often the supervisor looks after its attempts, and streams after new events."""
 
     samples_retention_days: Annotated[int, Field(ge=1)] = 30
-    """Raw profile samples and step events are deleted after this; metrics and residuals stay."""
+    """Raw profile samples of jobs that have ended, and step events, are deleted after this; what was added up stays."""
     idempotency_retention_hours: Annotated[int, Field(ge=1)] = 24
+    prune_every_seconds: Seconds = 3600.0
+    """How often the service deletes what is past its retention."""
+    prune_batch_rows: Annotated[int, Field(ge=1, le=10_000)] = 2_000
+    """How many rows of it are deleted in one unit of work."""
 
     @field_validator("database_url")
     @classmethod

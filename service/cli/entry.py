@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from engine.errors import InputError
-from service.cli import catalogs, jobs, keys, planning, profiles, server, training
+from service.cli import catalogs, database, jobs, keys, planning, profiles, server, training
 from service.cli.exits import FAILED, USAGE, CommandError
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app.add_typer(profiles.app, name="profiles")
 app.command("models")(catalogs.models)
 app.command("gpus")(catalogs.gpus)
 app.add_typer(keys.app, name="keys")
-app.add_typer(server.db, name="db")
+app.add_typer(database.app, name="db")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""``chunkplan serve`` and ``chunkplan db``: the service itself."""
+"""``chunkplan serve``: the service itself, and what its verbs need of its settings and its database."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.exits import USAGE, CommandError
-from service.cli.output import JsonOption, console, print_json
 
 if TYPE_CHECKING:
     from service.db import Database
     from service.settings import Settings
-
-db = typer.Typer(help="The service's database.", no_args_is_help=True)
 
 DatabaseOption = Annotated[
     str | None, typer.Option(help="sqlite:///PATH or postgresql://…; by default in the data dir.")
@@ -103,14 +100,3 @@ def database_errors() -> Iterator[None]:
         raise CommandError(f"database_url: {error}", USAGE) from error
     except SQLAlchemyError as error:
         raise CommandError(f"cannot use the database: {str(error).splitlines()[0]}") from error
-
-
-@db.command()
-def upgrade(database_url: DatabaseOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
-    """Bring the database to the newest revision; the service does this at its start, too."""
-    with migrated_database(database_url, data_dir):
-        from service.db import head_revision
-    if as_json:
-        print_json({"revision": head_revision()})
-    else:
-        console().print(f"the database is at revision {head_revision()}")

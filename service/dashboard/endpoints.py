@@ -2,66 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from planner.residuals import STEP
 from service.dashboard.repository import DashboardRepository
-from service.dashboard.schemas import AccuracyRow, DeviceView, Summary, UsageRow
+from service.dashboard.schemas import AccuracyRow, DeviceView, Dimension, Summary, UsageRow
 from service.dependencies import DashboardSession, ServicesDep
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobView
 from service.jobs.states import JobState
-from service.paging import Page
-from service.profiles.repository import ProfileRepository
+from service.paging import OptionalText, Page
 from service.profiles.schemas import ProfileView
 
 router = APIRouter(prefix="/v1/dashboard", tags=["dashboard"])
 
-_LATEST = 5
+_MODEL_AND_GPU = (Dimension.MODEL, Dimension.GPU)
+_NUM_LATEST_PROFILES, _NUM_JOBS = 5, 10
+
+Days = Annotated[int, Query(ge=1, le=366, description="how far back, today included")]
 
 
 @router.get("/summary")
 def summary(session: DashboardSession, services: ServicesDep) -> Summary:
-    """Jobs by state, the queue, the devices, the latest profiles. What is planned on a device counts every project."""
+    """Jobs by state, the queue, the devices, what ended last. What is planned on a device counts every project."""
     jobs, board = JobRepository(session), DashboardRepository(session)
     counted = jobs.count_by_state()
     oldest = jobs.oldest_queued_at()
-    with services.database.read() as everything:
-        planned = DashboardRepository(everything).planned_by_device(services.supervisor.owner)
-    visible = jobs.states([job_id for job_id, _ in planned.values()])
+    recent = board.recent(_NUM_JOBS)
+    profiles = jobs.profile_ids([row.id for row in recent])
     return Summary(
         jobs={state.value: count for state, count in counted.items()},
         queue_depth=counted[JobState.QUEUED],
         oldest_queued_seconds=None if oldest is None else (services.clock.now() - oldest).total_seconds(),
+        queue=[JobView.of(row) for row in board.queue(_NUM_JOBS)],
         active=[JobView.of(row) for row in jobs.active()],
-        devices=[
-            DeviceView(
-                name=device.name,
-                gpu=device.gpu.name,
-                memory_bytes=device.memory_bytes,
-                planned_bytes=planned_bytes,
-                job_id=job_id if job_id in visible else None,
-            )
-            for device in services.supervisor.devices
-            for job_id, planned_bytes in [planned.get(device.name, (None, 0))]
-        ],
+        recent=[JobView.of(row, profiles.get(row.id)) for row in recent],
+        devices=_devices(services, jobs),
         num_plans=board.count_plans(),
         num_profiles=board.count_profiles(),
-        latest_profiles=[ProfileView.of(row) for row in ProfileRepository(session).latest(_LATEST)],
+        latest_profiles=[ProfileView.of(row) for row in board.latest_profiles(_NUM_LATEST_PROFILES)],
     )
 
 
 @router.get("/accuracy")
-def accuracy(session: DashboardSession) -> Page[AccuracyRow]:
-    """How far plans were from measurements, by model and device kind."""
-    return Page.of(DashboardRepository(session).accuracy())
+def accuracy(
+    session: DashboardSession,
+    services: ServicesDep,
+    by: Annotated[Sequence[Dimension], Query(max_length=4, description="`day` makes a time series")] = _MODEL_AND_GPU,
+    phase: Annotated[
+        OptionalText, Query(description="only this phase; by default `step`, the whole one, unless grouped by phase")
+    ] = None,
+    model: OptionalText = None,
+    gpu: OptionalText = None,
+    days: Days | None = None,
+) -> Page[AccuracyRow]:
+    """How far plans were from measurements, over the profiles of finished jobs."""
+    dimensions = list(dict.fromkeys(by))
+    if phase is None and Dimension.PHASE not in dimensions:
+        phase = STEP
+    since = None if days is None else (services.clock.now() - timedelta(days=days - 1)).date()
+    board = DashboardRepository(session)
+    return Page.of(board.accuracy(dimensions, phase=phase, model=model, gpu=gpu, since=since))
 
 
 @router.get("/usage")
-def usage(
-    session: DashboardSession, services: ServicesDep, days: Annotated[int, Query(ge=1, le=366)] = 30
-) -> Page[UsageRow]:
-    """What ran, by day (UTC)."""
-    return Page.of(DashboardRepository(session).usage(services.clock.now() - timedelta(days=days)))
+def usage(session: DashboardSession, services: ServicesDep, days: Days = 30) -> Page[UsageRow]:
+    """What ran, by day (UTC) and project; days on which nothing ran are left out."""
+    now = services.clock.now()
+    return Page.of(DashboardRepository(session).usage((now - timedelta(days=days - 1)).date(), now))
+
+
+def _devices(services: ServicesDep, jobs: JobRepository) -> list[DeviceView]:
+    with services.database.read() as everything:
+        board = DashboardRepository(everything)
+        planned = board.planned_by_device(services.supervisor.owner)
+        measured = {job_id: board.newest_measured_bytes(job_id) for job_id, _ in planned.values()}
+    visible = jobs.states([job_id for job_id, _ in planned.values()])
+    return [
+        DeviceView(
+            name=device.name,
+            gpu=device.gpu.name,
+            memory_bytes=device.memory_bytes,
+            planned_bytes=planned_bytes,
+            measured_bytes=measured[job_id] if job_id else None,
+            job_id=job_id if job_id in visible else None,
+        )
+        for device in services.supervisor.devices
+        for job_id, planned_bytes in [planned.get(device.name, (None, 0))]
+    ]

@@ -21,6 +21,7 @@ from service.execution.messages import (
     Step,
 )
 from service.execution.repository import AttemptRepository
+from service.execution.usage import UsageBook
 from service.ids import new_id
 from service.jobs.states import JobState, Reason
 from service.jobs.transitions import add_event, transition
@@ -36,6 +37,7 @@ class Ingestion:
         self._session = session
         self._job = job
         self._attempt_id = attempt_id
+        self._usage = UsageBook(session, job)
         self.attempt_values: dict[str, Any] = {}
 
     def add(self, message: Message) -> None:
@@ -61,6 +63,11 @@ class Ingestion:
         job = self._job
         job.step, job.loss, job.eta_seconds = message.step, message.loss, message.eta_seconds
         self.attempt_values["last_step"] = message.step
+        highest = {
+            name: max((getattr(sample, name) for sample in message.samples), default=None)
+            for name in ("allocated_bytes", "reserved_bytes", "host_bytes")
+        }
+        self._usage.add_step(message.time, message.seconds, message.num_tokens, highest["allocated_bytes"])
         self._session.add(
             MetricRow(
                 job_id=job.id,
@@ -74,6 +81,7 @@ class Ingestion:
                 chunk_index=message.chunk_index,
                 seconds=message.seconds,
                 created_at=message.time,
+                **highest,
             )
         )
         self._session.add_all(

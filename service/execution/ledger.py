@@ -16,6 +16,7 @@ from service.execution.ingest import Ingestion
 from service.execution.messages import Batch
 from service.execution.outcome import Ended, Outcome, decide
 from service.execution.repository import AttemptRepository
+from service.execution.usage import UsageBook
 from service.ids import new_id
 from service.jobs.admission import shortfall_bytes
 from service.jobs.repository import JobRepository
@@ -139,6 +140,7 @@ class Ledger:
             )
             outcome = decide(job.state, ended, job.num_failures, self._settings.max_attempts)
             self._fenced(attempts, handle, {"ended_at": now, "exit_code": exit_code, "reason": outcome.reason})
+            UsageBook(session, job).add_attempt(attempt.created_at, now)
             job.num_failures = outcome.num_failures
             job.not_before = now + timedelta(seconds=self._settings.retry_delay_seconds if outcome.delayed else 0)
             profile = None
@@ -170,15 +172,6 @@ class Ledger:
         """The states of the handles' jobs."""
         with self._database.read() as session:
             return JobRepository(session).states([handle.job_id for handle in handles])
-
-    def prune(self) -> int:
-        """Deletes what is past its retention; returns how many rows."""
-        now = self._clock.now()
-        with self._database.write() as session:
-            return AttemptRepository(session).prune(
-                now - timedelta(days=self._settings.samples_retention_days),
-                now - timedelta(hours=self._settings.idempotency_retention_hours),
-            )
 
     def _attempt(self, job: JobRow, device: Device, now: datetime) -> AttemptRow:
         return AttemptRow(

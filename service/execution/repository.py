@@ -6,10 +6,10 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, select, update
+from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from service.db.tables import ArtifactRow, AttemptRow, EventRow, IdempotencyRow, MetricRow, SampleRow
+from service.db.tables import ArtifactRow, AttemptRow, MetricRow
 
 
 class AttemptRepository:
@@ -64,17 +64,6 @@ class AttemptRepository:
     def artifact(self, job_id: str, name: str) -> ArtifactRow | None:
         """A recorded artifact."""
         return self._session.scalar(select(ArtifactRow).where(ArtifactRow.job_id == job_id, ArtifactRow.name == name))
-
-    def prune(self, samples_before: datetime, keys_before: datetime) -> int:
-        """Deletes raw samples, step events and idempotency keys that are old; returns how many rows."""
-        return sum(
-            self._count(statement)
-            for statement in (
-                delete(SampleRow).where(SampleRow.created_at < samples_before),
-                delete(EventRow).where(EventRow.type == "step", EventRow.created_at < samples_before),
-                delete(IdempotencyRow).where(IdempotencyRow.created_at < keys_before),
-            )
-        )
 
     def _count(self, statement: Any) -> int:
         result = self._session.execute(statement, execution_options={"synchronize_session": False})

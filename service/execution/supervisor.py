@@ -32,8 +32,6 @@ from service.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_PRUNE_EVERY = timedelta(hours=1)
-
 
 @dataclass
 class Following:
@@ -68,7 +66,7 @@ class Supervisor:
         self._clock = clock
         self._metrics = metrics
         self._following: dict[str, Following] = {}
-        self._recover_at = self._prune_at = clock.now()
+        self._recover_at = clock.now()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -117,9 +115,6 @@ class Supervisor:
         if now >= self._recover_at:
             self._recover_at = now + timedelta(seconds=self._settings.poll_seconds * 4)
             self._recovery.round(set(self._following))
-        if now >= self._prune_at:
-            self._prune_at = now + _PRUNE_EVERY
-            self._ledger.prune()
         self._dispatch()
 
     def _follow(self, following: Following, state: JobState) -> None:

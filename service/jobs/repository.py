@@ -94,8 +94,9 @@ class JobRepository:
 
     def active(self) -> list[JobRow]:
         """Jobs that may hold a device, oldest first."""
-        statement = select(JobRow).where(JobRow.state.in_(ACTIVE)).order_by(JobRow.created_at)
-        return list(self._session.scalars(statement))
+        # Sorted here: SQLite would walk through all jobs in their order rather than sort the few.
+        found = self._session.scalars(select(JobRow).where(JobRow.state.in_(ACTIVE)))
+        return sorted(found, key=lambda job: job.created_at)
 
     def oldest_queued_at(self) -> datetime | None:
         """When the job that has waited longest was created."""

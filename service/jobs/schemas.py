@@ -181,6 +181,10 @@ class MetricView(Listed):
     grad_norm: float | None
     chunk_index: int | None
     seconds: float | None
+    allocated_bytes: int | None
+    """The step's highest; None where it was not measured, as the next two."""
+    reserved_bytes: int | None
+    host_bytes: int | None
     created_at: datetime
 
     @classmethod
@@ -196,6 +200,9 @@ class MetricView(Listed):
             grad_norm=row.grad_norm,
             chunk_index=row.chunk_index,
             seconds=row.seconds,
+            allocated_bytes=row.allocated_bytes,
+            reserved_bytes=row.reserved_bytes,
+            host_bytes=row.host_bytes,
             created_at=row.created_at,
         )
 

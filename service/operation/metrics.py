@@ -40,6 +40,9 @@ class Metrics:
             buckets=_RESIDUAL_BUCKETS,
             registry=self.registry,
         )
+        self.pruned_rows = Counter(
+            "chunkplan_pruned_rows", "Rows deleted past their retention.", ["of"], registry=self.registry
+        )
         self.planned_bytes = Gauge(
             "chunkplan_device_planned_bytes",
             "Upper bound of what runs on a device.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
@@ -90,9 +89,3 @@ class ProfileRepository:
         """Mean time of one update."""
         statement = select(func.avg(MetricRow.seconds)).where(MetricRow.job_id == job_id, MetricRow.kind == "train")
         return self._session.scalar(statement)
-
-    def latest(self, limit: int) -> Sequence[ProfileRow]:
-        """The newest profiles."""
-        return self._session.scalars(
-            select(ProfileRow).order_by(ProfileRow.created_at.desc(), ProfileRow.id.desc()).limit(limit)
-        ).all()

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from planner.residuals import STEP, residuals
 from planner.spec import Plan
-from service.db.tables import JobRow, ProfileRow
+from service.dashboard.percentiles import bucket_of
+from service.db.tables import JobRow, ProfilePhaseRow, ProfileRow
 from service.ids import new_id
 from service.plans.repository import PlanRepository
 from service.profiles.repository import ProfileRepository
@@ -43,4 +44,27 @@ def add_profile(session: Session, job: JobRow, device: str, now: datetime) -> Pr
         created_at=now,
     )
     profiles.add(row)
+    phases = dict.fromkeys(residual.phase for residual in compared)
+    session.add_all(
+        _phase(row, phase, [residual.relative_error for residual in compared if residual.phase == phase])
+        for phase in phases
+    )
     return row
+
+
+def _phase(profile: ProfileRow, phase: str, errors: list[float]) -> ProfilePhaseRow:
+    highest = max(abs(error) for error in errors)
+    return ProfilePhaseRow(
+        profile_id=profile.id,
+        project=profile.project,
+        phase=phase,
+        day=profile.created_at.date(),
+        model=profile.model,
+        gpu=profile.gpu,
+        num_chunks=len(errors),
+        mean_error=fmean(errors),
+        min_error=min(errors),
+        mean_absolute_error=fmean(abs(error) for error in errors),
+        max_absolute_error=highest,
+        bucket=bucket_of(highest),
+    )

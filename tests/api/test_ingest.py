@@ -11,9 +11,8 @@ from service.execution.ledger import Ledger, StaleToken
 from service.execution.messages import read_messages
 from service.jobs.states import JobState
 from tests.api.requests import job_request
+from tests.support.run import STARTED, TIME, step
 
-TIME = "2026-01-01T00:00:05Z"
-STARTED = {"type": "started", "time": TIME, "total_steps": 8, "resumed_step": 0}
 CHECKPOINT = {
     "type": "checkpoint",
     "time": TIME,
@@ -22,14 +21,6 @@ CHECKPOINT = {
     "size_bytes": 1,
     "sha256": "0" * 64,
 }
-
-
-def step(number, **changes):
-    sample = {"phase": "forward", "allocated_bytes": 10, "reserved_bytes": 20, "host_bytes": 30, "seconds": 0.1}
-    values = {"step": number, "chunk_index": 0, "loss": 2.0, "num_tokens": 64, "seconds": 0.5, "samples": [sample]}
-    return (
-        {"type": "step", "time": TIME, "learning_rate": 1e-3, "grad_norm": 1.0, "eta_seconds": 3.0} | values | changes
-    )
 
 
 @pytest.fixture
@@ -124,15 +115,6 @@ def test_a_resumed_attempt_supersedes_the_steps_that_it_takes_again(client, serv
     ledger.ingest(second, replace(read_messages(path, first_half), next_offset=1), 0)
     metrics = client.get(f"/v1/jobs/{handle.job_id}/metrics").json()["data"]
     assert [(metric["step"], metric["loss"]) for metric in metrics] == [(1, 2.0), (2, 1.5)]
-
-
-def test_raw_samples_are_pruned_and_the_loss_curve_stays(services, settings, clock, ledger, handle, event_file):
-    ledger.ingest(handle, read_messages(event_file(STARTED, step(1)), 0), 0)
-    clock.advance(days=settings.samples_retention_days + 1)
-    ledger.prune()
-    assert rows(services, SampleRow) == []
-    assert "step" not in {event.type for event in rows(services, EventRow)}
-    assert len(rows(services, MetricRow)) == 1
 
 
 def test_an_incomplete_last_line_waits_for_its_end(event_file):

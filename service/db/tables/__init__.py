@@ -6,6 +6,7 @@ from service.db.tables.files import FileRow
 from service.db.tables.jobs import AttemptRow, EventRow, JobRow
 from service.db.tables.plans import PlanRow, PlanUseRow
 from service.db.tables.results import ArtifactRow, CheckpointRow, MetricRow, ProfileRow, SampleRow
+from service.db.tables.rollups import JobDayRow, ProfilePhaseRow
 
 __all__ = [
     "ApiKeyRow",
@@ -17,11 +18,13 @@ __all__ = [
     "FileRow",
     "GpuRow",
     "IdempotencyRow",
+    "JobDayRow",
     "JobRow",
     "MetricRow",
     "ModelRow",
     "PlanRow",
     "PlanUseRow",
+    "ProfilePhaseRow",
     "ProfileRow",
     "SampleRow",
 ]

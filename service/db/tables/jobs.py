@@ -19,7 +19,9 @@ class JobRow(Owned, Base):
     __table_args__ = (
         Index(None, "project", "created_at", "id"),
         Index(None, "project", "model", "created_at"),
-        Index(None, "project", "state"),
+        Index(None, "project", "state", "created_at"),
+        Index(None, "project", "finished_at", "id"),
+        Index(None, "finished_at", "id"),
         Index(None, "state", "priority", "created_at"),
     )
 

@@ -61,6 +61,10 @@ class MetricRow(OfJob, Base):
     grad_norm: Mapped[float | None]
     chunk_index: Mapped[int | None]
     seconds: Mapped[float | None]
+    allocated_bytes: Mapped[int | None]
+    """The highest of the step's samples, as the next two: it stays when those are deleted."""
+    reserved_bytes: Mapped[int | None]
+    host_bytes: Mapped[int | None]
     created_at: Mapped[datetime]
 
 
@@ -68,7 +72,11 @@ class ProfileRow(Owned, Base):
     """What a finished job measured against its plan: kept for ever."""
 
     __tablename__ = "profiles"
-    __table_args__ = (Index(None, "project", "created_at", "id"), Index(None, "project", "model", "gpu"))
+    __table_args__ = (
+        Index(None, "project", "created_at", "id"),
+        Index(None, "created_at", "id"),
+        Index(None, "project", "model", "gpu"),
+    )
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
     job_id: Mapped[Identifier] = mapped_column(ForeignKey("jobs.id"), unique=True)
@@ -87,7 +95,8 @@ class ProfileRow(Owned, Base):
     """The worst under-prediction, when negative."""
     predicted_step_seconds: Mapped[float]
     measured_step_seconds: Mapped[float | None]
-    residuals: Mapped[list[Any]]
+    residuals: Mapped[list[Any]] = mapped_column(deferred=True)
+    """Wide, and not needed in lists."""
     created_at: Mapped[datetime]
 
 
