@@ -12,7 +12,7 @@ FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 chunkplan
 COPY --from=build /opt/chunkplan /opt/chunkplan
 ENV PATH=/opt/chunkplan/bin:$PATH
-USER chunkplan
+USER 10001
 WORKDIR /home/chunkplan
 RUN mkdir var
 VOLUME /home/chunkplan/var

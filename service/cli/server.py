@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.exits import USAGE, CommandError
+from service.cli.output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from service.db import Database

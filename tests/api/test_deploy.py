@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from starlette.testclient import TestClient
+
+from service.app import create_app
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/chunkplan.json").read_text())
@@ -66,12 +69,21 @@ def test_the_files_name_each_other_rightly():
             assert source in COMPOSE["volumes"] or (ROOT / source).exists(), source
 
 
-def test_prometheus_may_ask_by_the_name_of_the_container(settings, planner_process, clock):
-    from starlette.testclient import TestClient
-
-    from service.app import create_app
-
-    open_to = settings.model_copy(update={"allowed_hosts": ["chunkplan"]})
-    client = TestClient(create_app(open_to, planner=planner_process, clock=clock), SERVICE)
-    assert client.get("/metrics", headers={"Authorization": "Bearer "}).status_code == 200
+@pytest.fixture
+def by_name(settings, planner_process, clock):
+    """The service as the other containers reach it."""
+    app = create_app(settings.model_copy(update={"allowed_hosts": ["chunkplan"]}), planner=planner_process, clock=clock)
+    client = TestClient(app, SERVICE)
+    yield client
     client.close()
+    app.state.services.database.dispose()
+
+
+def test_the_monitoring_needs_no_key_before_there_is_one_and_then_an_admins(by_name):
+    nobody = {"Authorization": "Bearer "}
+    assert {by_name.get(path, headers=nobody).status_code for path in ["/metrics", *QUERIES]} == {200}
+    access = by_name.app.state.services.access
+    _, key = access.create(name="monitoring", project="default", scopes=["admin"], expires_at=None)
+    assert {by_name.get(path, headers=nobody).status_code for path in ["/metrics", *QUERIES]} == {401}
+    monitoring = {"Authorization": f"Bearer {key}"}
+    assert {by_name.get(path, headers=monitoring).status_code for path in ["/metrics", *QUERIES]} == {200}

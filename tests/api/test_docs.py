@@ -65,4 +65,4 @@ def test_the_examples_work_one_after_the_other(client, services, dataset, tmp_pa
         name="docs", project="default", scopes=["submit", "admin"], expires_at=None
     )[1]
     run_page("security.md")
-    assert num_commands == 13
+    assert num_commands == 17

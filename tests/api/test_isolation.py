@@ -12,9 +12,11 @@ from service.db.tables import (
     AttemptRow,
     CheckpointRow,
     FileRow,
+    JobDayRow,
     JobRow,
     MetricRow,
     PlanRow,
+    ProfilePhaseRow,
     ProfileRow,
     SampleRow,
 )
@@ -57,6 +59,8 @@ def alpha(client, services, settings, clock, dataset, key):
     (run_dir / "artifacts" / "tiny").mkdir(parents=True)
     (run_dir / "artifacts" / "tiny" / "rows.jsonl").write_bytes(dataset.read_bytes())
     figures = {"allocated_bytes": 1, "reserved_bytes": 1, "host_bytes": 1, "seconds": 1.0}
+    errors = {"project": "alpha", "model": TINY_MODEL, "gpu": "cpu", "mean_error": 0.0, "min_error": 0.0}
+    errors |= {"mean_absolute_error": 0.0, "max_absolute_error": 0.0}
     with services.database.write() as session:
         session.add(
             AttemptRow(
@@ -107,6 +111,8 @@ def alpha(client, services, settings, clock, dataset, key):
                 ),
                 MetricRow(kind="train", step=1, num_tokens=1, seconds=1.0, created_at=now, **made),
                 SampleRow(step=1, chunk_index=0, phase="forward", created_at=now, **figures, **made),
+                JobDayRow(project="alpha", job_id=job["id"], day=now.date(), num_steps=1),
+                ProfilePhaseRow(profile_id=profile.id, phase="step", day=now.date(), num_chunks=1, bucket=0, **errors),
             ]
         )
     parameters = {

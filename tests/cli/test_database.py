@@ -13,7 +13,7 @@ from service.db.backup import BackupFailed, backup
 from service.db.check import check
 from service.db.tables import GpuRow
 from tests.support.clock import FixedClock
-from tests.support.postgres import create_database, drop_database, find_binaries
+from tests.support.postgres import create_database, drop_database
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ class Restored:
         self.server = request.getfixturevalue("postgres_url")
         self.url = create_database(self.server)
         plain = self.url.replace("+psycopg", "")
-        subprocess.run([find_binaries() / "pg_restore", "--exit-on-error", f"--dbname={plain}", file], check=True)
+        subprocess.run(["pg_restore", "--exit-on-error", f"--dbname={plain}", file], check=True)
 
     def __enter__(self):
         self.database = Database(self.url)
