@@ -364,6 +364,7 @@ def run_process(item: Case) -> dict[str, Any]:
         "process_bytes": measured,
         "device_bytes": answer.peak.device_bytes,
         "weights_bytes": answer.model.parameter_bytes,
+        "growth_bytes": answer.peak.growth_bytes,
     }
 
 
@@ -378,16 +379,20 @@ def bounds(rows: list[dict[str, Any]]) -> tuple[list[Observation], dict[str, Any
             measured_bytes=process["process_bytes"],
         )
         for process in processes
+        if not process["growth_bytes"]
     ]
     margin = fit("cpu", known)
     for process in processes:
-        process["upper_bytes"] = margin.bound(process["device_bytes"], process["weights_bytes"])
+        bound = margin.bound(process["device_bytes"], process["weights_bytes"]) + process["growth_bytes"]
+        process["upper_bytes"] = bound
         process["upper_above"] = process["upper_bytes"] / process["process_bytes"] - 1
-    above = [process["upper_above"] for process in processes]
-    points = [process["device_bytes"] / process["process_bytes"] - 1 for process in processes]
+    steady = [process for process in processes if not process["growth_bytes"]]
+    above = [process["upper_above"] for process in steady]
+    points = [process["device_bytes"] / process["process_bytes"] - 1 for process in steady]
     return known, {
         "num_processes": len(processes),
-        "upper_below_measured": sum(value < 0 for value in above),
+        "num_growing": len(processes) - len(steady),
+        "upper_below_measured": sum(process["upper_above"] < 0 for process in processes),
         "upper_mean_above": sum(above) / len(above) if above else None,
         "upper_max_above": max(above, default=None),
         "device_mean_error": sum(points) / len(points) if points else None,

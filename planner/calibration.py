@@ -60,12 +60,12 @@ class Observation(SpecModel):
     def of(
         cls, plan: Plan, *, reserved_bytes: int, process_bytes: int, step_seconds: float | None
     ) -> Observation | None:
-        """What a finished run of a plan has shown; None where its memory is not known any more (0 bytes)."""
+        """What a finished run of a plan has shown; None where its memory is not known any more (0 bytes), or grew."""
         if plan.request.gpu == "cpu" or (isinstance(plan.request.gpu, GpuSpec) and plan.request.gpu.kind == "cpu"):
             measured = process_bytes
         else:
             measured = reserved_bytes and reserved_bytes + plan.peak.device_bytes - plan.peak.reserved_bytes
-        if not measured:
+        if not measured or plan.peak.growth_bytes:
             return None
         return cls(
             plan_id=plan.id,

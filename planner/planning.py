@@ -14,7 +14,15 @@ from planner.cache import TraceStore, cache_dir, code_digest
 from planner.calibration import Margin, calibration
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
-from planner.overheads import HOST_DATA_BYTES, PEFT_BYTES, Overheads, cpu_process_bytes, host_threads, overheads
+from planner.overheads import (
+    HOST_DATA_BYTES,
+    PEFT_BYTES,
+    Overheads,
+    compiled_kernels_bytes,
+    cpu_process_bytes,
+    host_threads,
+    overheads,
+)
 from planner.phases import host_phases, run_phases
 from planner.replay import reserved_bytes
 from planner.run_time import run_time, tokens_per_update
@@ -137,7 +145,7 @@ class Planner:
             allocated_bytes=allocated,
             host_bytes=host,
             step_seconds=seconds,
-            least_upper_bytes=self.margin.bound(device, footprints.structure.parameter_bytes),
+            least_upper_bytes=self._bound(device, footprints),
         )
 
     def least_upper_bytes(self, training: TrainingSpec, schedule: ScheduleSpec, peak_bytes: int) -> int:
@@ -172,11 +180,19 @@ class Planner:
             reserved_bytes=reserved,
             device_bytes=device,
             host_bytes=host,
-            upper_bytes=self.margin.bound(device, footprints.structure.parameter_bytes),
+            upper_bytes=self._bound(device, footprints),
+            growth_bytes=self._growth_bytes(footprints),
             phase=moment.phase,
             chunk_index=highest.chunk.index,
             breakdown=breakdown,
         )
+
+    def _bound(self, device_bytes: int, footprints: Footprints) -> int:
+        bound = self.margin.bound(device_bytes, footprints.structure.parameter_bytes)
+        return bound + self._growth_bytes(footprints)
+
+    def _growth_bytes(self, footprints: Footprints) -> int:
+        return compiled_kernels_bytes(footprints.training, self.model.config) if self.gpu.kind == "cpu" else 0
 
     def _device_and_host(
         self, footprints: Footprints, schedule: ScheduleSpec, allocated: int, reserved: int
@@ -341,6 +357,12 @@ def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
     if host and chosen.peak.host_bytes > 2**36:
         gib = chosen.peak.host_bytes / 2**30
         warnings.append(f"states: keep needs {gib:.0f} GiB of host memory; 'reset' needs none for states")
+    if chosen.peak.growth_bytes:
+        mib = chosen.peak.growth_bytes / 2**20
+        warnings.append(
+            f"the CPU's library compiles a kernel for every number of tokens that an expert gets: the bound has "
+            f"{mib:.0f} MiB for them, which precision fp32 does not need"
+        )
     if planner.gpu.kind == "rocm":
         warnings.append("ROCm devices are planned with CUDA's allocator and kernels: treat the figures as estimates")
     if planner.gpu.kind == "mps":

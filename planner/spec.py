@@ -118,6 +118,8 @@ class Peak(Result):
     device_bytes: int
     host_bytes: int
     upper_bytes: int
+    growth_bytes: int = 0
+    """Of ``upper_bytes``: by how much the process may grow during the run (16-bit experts on the CPU)."""
     phase: str
     chunk_index: int
     breakdown: Breakdown

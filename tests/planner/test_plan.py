@@ -173,3 +173,19 @@ def test_cached_plan_needs_no_torch_in_a_new_process():
     assert (plan_id, int(upper_bytes)) == (answer.id, answer.peak.upper_bytes)
     assert float(cpu_seconds) < 2
     assert seconds < 20  # the wall clock of a machine that runs other tests too
+
+
+def test_experts_in_16_bit_on_the_cpu_are_bounded_for_a_kernel_per_number_of_tokens():
+    experts = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    dense = LLAMA | {"model_type": "qwen3", "head_dim": 16}
+    configs = {"qwen3": dense, "qwen3_moe": dense | experts | {"model_type": "qwen3_moe"}}
+
+    def planned(model, precision):
+        return plan(request("cpu", {"config": configs[model]}, num_chunks=2, precision=precision))
+
+    growing = planned("qwen3_moe", "bf16")
+    assert growing.peak.growth_bytes > 200 * 2**20
+    assert growing.peak.upper_bytes > growing.peak.device_bytes + growing.peak.growth_bytes
+    assert any("kernel" in warning for warning in growing.warnings)
+    assert planned("qwen3_moe", "fp32").peak.growth_bytes == planned("qwen3", "bf16").peak.growth_bytes == 0
+    assert not planned("qwen3_moe", "fp32").warnings
