@@ -33,16 +33,22 @@ def chunkft(model: nn.Module, rate: Callable[[int], float], observer: Observer, 
 
 
 def usual_loop(
-    model: nn.Module, optimizer: Any, rate: Callable[[int], float], observer: Observer, options: StepOptions
+    model: nn.Module,
+    optimizer: Any,
+    rate: Callable[[int], float],
+    observer: Observer,
+    options: StepOptions,
+    max_grad_norm: float | None = 1.0,
 ) -> Update:
-    """Backward, clip at 1.0, step, with all gradients at once."""
+    """Backward, clip, step, with all gradients at once."""
 
     def update(number: int, batch: dict[str, Tensor]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(number)
         forward_backward(model, batch, num_counted_tokens(batch["labels"]), options, observer)
         with observer.phase("optimizer"):
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
 
