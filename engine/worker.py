@@ -119,7 +119,6 @@ def failure_reason(error: Exception) -> str:
 
 def main() -> int:
     """Entry point of the subprocess."""
-    run_with_steady_heap()
     parser = argparse.ArgumentParser(prog="python -m engine.worker", description="Run one training attempt.")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
     parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")
@@ -139,4 +138,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    run_with_steady_heap()
     sys.exit(main())
