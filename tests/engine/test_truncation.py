@@ -134,8 +134,9 @@ def test_nothing_is_kept_below_the_active_chunk(family, checkpointing):
                 places = {item.place for item in kept}
                 loss.backward()
         del loss
-        assert places, "something must be kept for backward"
-        assert min(places) >= min(lowest, NUM_LAYERS - 1) or is_embedding(active[0].name)
+        # The fused loss keeps finished gradients only: under a chunk of the head nothing else is there.
+        assert places or lowest == NUM_LAYERS, "something must be kept for backward"
+        assert min(places, default=lowest) >= min(lowest, NUM_LAYERS - 1) or is_embedding(active[0].name)
         assert not kept
         lowest_seen.add(lowest)
     assert NUM_LAYERS - 1 in lowest_seen
