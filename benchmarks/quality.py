@@ -96,6 +96,10 @@ def settings() -> list[Setting]:
         Setting("lora", 3e-3, num_updates=59),
         replace(unclipped, num_updates=53),
         replace(chunks(3e-4, **factored, **free, activation_checkpointing="none"), num_updates=69),
+        replace(
+            chunks(2e-4, **factored, expansion_lr=2e-4, max_grad_norm=None, activation_checkpointing="none"),
+            num_updates=69,
+        ),
         chunks(2e-4, 1, **in_backward),
         Setting("adamw", 3e-5),
         Setting("adafactor", 1e-3),
