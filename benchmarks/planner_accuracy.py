@@ -459,7 +459,8 @@ def main() -> None:
         result = result_of(kept, seconds + time.perf_counter() - begin)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         partial = arguments.output.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        runs = ",\n".join(json.dumps(row) for row in result.pop("runs"))
+        partial.write_text(f'{json.dumps(result, indent=1)[:-2]},\n "runs": [\n{runs}\n]}}\n')
         partial.replace(arguments.output)
 
     print(f"{'case':88} {'peak MB':>8} {'mean |e|':>9} {'worst':>9}")

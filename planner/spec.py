@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.spec import ModelRef, ScheduleSpec, SpecModel, TrainingSpec
 
+Rate = Annotated[float, Field(ge=1e6, le=1e21)]
+"""Per second: no device is slower, and times stay finite."""
+
 
 class GpuSpec(SpecModel):
     """A device as the planner sees it: a catalog row, or given inline. Rates are dense, without sparsity."""
@@ -20,22 +23,22 @@ class GpuSpec(SpecModel):
     vendor: str = "nvidia"
     compute_capability: str | None = None
     """``8.9`` for Ada; decides the context and workspace sizes."""
-    memory_bandwidth: Annotated[float, Field(gt=0)] = 5e11
+    memory_bandwidth: Rate = 5e11
     """Bytes per second."""
-    bf16_flops: Annotated[float, Field(gt=0)] = 5e13
+    bf16_flops: Rate = 5e13
     """Dense bf16 FLOP/s with fp32 accumulation."""
-    fp16_flops: Annotated[float, Field(gt=0)] | None = None
+    fp16_flops: Rate | None = None
     """None: as bf16. Before Ampere, tensor cores know fp16 only."""
-    fp32_flops: Annotated[float, Field(gt=0)] = 2e13
-    link_bandwidth: Annotated[float, Field(gt=0)] = 1.6e10
+    fp32_flops: Rate = 2e13
+    link_bandwidth: Rate = 1.6e10
     """Host to device, bytes per second, one direction, achievable."""
-    context_bytes: Annotated[int, Field(ge=0)] | None = None
+    context_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """CUDA context and loaded libraries; None takes the planner's table (planner.overheads), here and below."""
-    workspace_bytes: Annotated[int, Field(ge=0)] | None = None
+    workspace_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """One matrix-multiplication workspace of cuBLAS."""
-    driver_reserved_bytes: Annotated[int, Field(ge=0)] | None = None
+    driver_reserved_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """Part of ``memory_bytes`` that no process gets."""
-    runtime_bytes: Annotated[int, Field(ge=0)] | None = None
+    runtime_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """Host memory of the process before any model."""
     cuda_version: Annotated[str, Field(pattern=r"^\d{1,3}\.\d{1,3}$")] | None = None
     """Of the process's libraries; decides the context's size. None: that of PyPI's torch wheels."""

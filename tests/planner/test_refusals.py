@@ -33,6 +33,9 @@ def ask(model=None, gpu="rtx-4090", **training):
 REFUSED = [
     ("model", {"model": "llama-9-8b"}),
     ("gpu", {"gpu": "rtx-9999"}),
+    ("gpu.link_bandwidth", {"gpu": {"name": "slow", "memory_bytes": 10**9, "link_bandwidth": 5e-324}}),
+    ("gpu.bf16_flops", {"gpu": {"name": "fast", "memory_bytes": 10**9, "bf16_flops": float("inf")}}),
+    ("gpu.context_bytes", {"gpu": {"name": "large", "memory_bytes": 10**9, "context_bytes": 10**30}}),
     ("model.config.num_hidden_layers", {"model": {"config": {**LLAMA, "num_hidden_layers": 10**6}}}),
     ("model.config.num_hidden_layers", {"model": {"config": {**LLAMA, "num_hidden_layers": 0}}}),
     ("model.config.hidden_size", {"model": {"config": {**LLAMA, "hidden_size": 10**12}}}),
