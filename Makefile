@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test serve bench lint audit
+.PHONY: help install run test serve bench lint audit contract
 
 help:
 	@echo "make run      plan, fine-tune and profile a real model, end to end"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench    the benchmarks"
 	@echo "make lint     formatting, lint, types, import layers"
 	@echo "make audit    known vulnerabilities of what constraints.txt pins"
+	@echo "make contract thousands of requests made up from the API's description"
 	@echo "make install  only set up $(VENV)"
 
 install: $(STAMP)
@@ -51,3 +52,7 @@ lint: $(STAMP)
 audit: $(STAMP)
 	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip --disable-pip-version-check --quiet install pip-audit==2.10.1; }
 	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+contract: $(STAMP)
+	@test -x $(VENV)/contract/bin/st || { $(PYTHON) -m venv $(VENV)/contract && $(VENV)/contract/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt schemathesis==4.32.5; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contract --tool $(VENV)/contract/bin/st

@@ -1,0 +1,115 @@
+"""Does the service keep to its own description? Thousands of requests made up from it, with a key and without.
+
+``make contract`` runs it: a live server with one finished job, and schemathesis with every check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.support.live import TRAINING, LiveServer
+from tests.support.model import write_chats, write_tiny_model
+
+RESULT = Path(__file__).parent / "results" / "contract.json"
+MODEL = "smollm2-135m-instruct"
+
+
+def main() -> int:
+    """Both runs; 1 if anything was found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tool", default="st", help="schemathesis's command")
+    parser.add_argument("--examples", type=int, default=40, help="per operation, besides those of the coverage phase")
+    parser.add_argument("--seconds", type=int, default=1800, help="for each run")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = _runs(Path(folder), arguments)
+    print(json.dumps(runs, indent=1))
+    if all(run["cases"] for run in runs.values()):
+        RESULT.write_text(json.dumps(runs, indent=1) + "\n")
+    return 0 if all(run["exit_code"] == 0 for run in runs.values()) else 1
+
+
+def _runs(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    write_tiny_model(folder / "models" / MODEL)
+    write_chats(folder / "data.jsonl", num_rows=16)
+    environment = {
+        "CHUNKPLAN_DATA_DIR": str(folder / "var"),
+        "CHUNKPLAN_MODELS_DIR": str(folder / "models"),
+        "CHUNKPLAN_CACHE_DIR": str(folder / "traces"),
+        "CHUNKPLAN_DATASET_ROOTS": json.dumps([str(folder)]),
+        "CHUNKPLAN_QUOTA__REQUESTS_PER_SECOND": "1e6",
+        "CHUNKPLAN_QUOTA__REQUESTS_BURST": "1000000",
+        "CHUNKPLAN_PLAN_TIMEOUT_SECONDS": "600",
+    }
+    command = [sys.executable, "-m", "service.cli", "keys", "create", "--name", "contract"]
+    command += ["--scope", "submit", "--scope", "admin", "--json"]
+    key = json.loads(subprocess.check_output(command, env=os.environ | environment))["key"]
+    server = LiveServer(environment, folder / "server.log")
+    server.http.timeout = 600  # the first plan traces, on machines that may be busy
+    try:
+        server.wait_until_ready()
+        server.http.headers["Authorization"] = f"Bearer {key}"
+        config = folder / "schemathesis.toml"
+        config.write_text(_config(_one_of_everything(server, folder / "data.jsonl")))
+        header = ["--header", f"Authorization: Bearer {key}"]
+        return {name: _run(server, config, given, arguments) for name, given in (("key", header), ("no key", []))}
+    finally:
+        server.close()
+
+
+def _one_of_everything(server: LiveServer, data: Path) -> dict[str, str]:
+    body = {
+        "name": "contract",
+        "model": MODEL,
+        "dataset": {"path": str(data)},
+        "training": {**TRAINING, "max_steps": 4},
+    }
+    job = server.wait_for_state(server.post("/v1/jobs", body)["id"], "succeeded")
+    upload = server.http.post("/v1/files", files={"file": ("data.jsonl", data.read_bytes())}).json()
+    return {
+        "job_id": job["id"],
+        "plan_id": job["plan_id"],
+        "profile_id": job["profile_id"],
+        "file_id": upload["id"],
+        "name": "config.json",
+    }
+
+
+def _config(parameters: dict[str, str]) -> str:
+    """Two answers that no schema can tell: a catalog does not know a name, and a form's ``null`` is four letters."""
+    lines = ["[parameters]", *(f'"path.{name}" = "{value}"' for name, value in parameters.items())]
+    accepted = ["2xx", "3xx", "401", "403", "404", "409", "422", "429"]
+    lines += ["", "[checks.positive_data_acceptance]", f"expected-statuses = {json.dumps(accepted)}"]
+    refused = ["201", "400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429"]
+    lines += ["", "[[operations]]", 'include-path = "/v1/files"', 'include-method = "POST"']
+    lines += ["", "[operations.checks.negative_data_rejection]", f"expected-statuses = {json.dumps(refused)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _run(server: LiveServer, config: Path, given: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [arguments.tool, "--config-file", str(config), "run", f"{server.http.base_url}/openapi.json", *given]
+    command += ["--checks", "all", "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-color"]
+    command += ["--max-examples", str(arguments.examples), "--request-timeout", "150", "--suppress-health-check", "all"]
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.seconds, check=False)
+    print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
+    cases = re.search(r"(\d+) generated", done.stdout)
+    return {
+        "cases": int(cases[1]) if cases else 0,
+        "failures": re.findall(r"❌ (ST\d+ .*)", done.stdout),
+        "exit_code": done.returncode,
+        "seconds": round(time.monotonic() - begin),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
