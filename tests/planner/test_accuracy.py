@@ -40,6 +40,7 @@ CASES = [
     case("gpt2", num_chunks=2, autocast="fp16", activation_checkpointing="none", seq_len=16),
     case("mixtral", num_chunks=9, activation_checkpointing="none"),
     case("qwen3_moe", num_chunks=3),
+    case("mamba", num_chunks=3, seq_len=32, micro_batch_size=1),
     case("bert", num_chunks=3, gradient_accumulation_steps=2),
     case("t5", num_chunks=3),
     case("bart", num_chunks=3, precision="bf16", activation_checkpointing="none", loss="standard"),

@@ -8,7 +8,6 @@ import pytest
 from engine.errors import InputError
 from planner import PlanRequest, plan
 from planner.calibration import Calibration, Observation, calibration_path, fit, write_calibration
-from planner.catalog import find_gpu
 
 MIB = 2**20
 
@@ -96,13 +95,3 @@ def test_the_file_lies_beside_the_traces_unless_said_otherwise(monkeypatch, tmp_
     monkeypatch.delenv("CHUNKPLAN_CALIBRATION", raising=False)
     monkeypatch.setenv("CHUNKPLAN_CACHE_DIR", str(tmp_path))
     assert calibration_path() == tmp_path / "calibration.json"
-
-
-def test_the_planners_own_observations_bound_the_cpu():
-    """What the planner ships with: runs of the trainer's process, none of them above its bound."""
-    from planner.calibration import BUILT_IN, _read
-
-    runs = _read(BUILT_IN, 0).devices.get("cpu", [])
-    margin = fit("cpu", runs)
-    assert find_gpu("cpu").kind == "cpu"
-    assert all(run.measured_bytes <= margin.bound(run.predicted_bytes, run.weights_bytes) for run in runs)
