@@ -49,11 +49,14 @@ class Setting:
     learning_rate: float
     options: dict[str, Any] = field(default_factory=dict)
     num_updates: int = NUM_UPDATES
+    seed: int = SEED
+    """Of the data's order, the held-out rows, the chunks' order and whatever a method draws."""
 
     @property
     def name(self) -> str:
         """How the table calls it."""
         longer = [] if self.num_updates == NUM_UPDATES else [f"({self.num_updates} updates)"]
+        longer += [] if self.seed == SEED else [f"(seed {self.seed})"]
         options = [f"{key}={value}" for key, value in self.options.items()]
         return " ".join([self.method, f"{self.learning_rate:g}", *options, *longer])
 
@@ -61,6 +64,16 @@ class Setting:
 def chunks(rate: float, num_chunks: int = 16, **options: Any) -> Setting:
     """A chunk setting in random order, with full checkpointing unless the options say otherwise."""
     return Setting("chunkft", rate, {"num_chunks": num_chunks, "order": "random", **options})
+
+
+def equal_time(seed: int) -> list[Setting]:
+    """As many updates of 16 chunks without checkpointing, and of LoRA, as take the same time on a quiet machine."""
+    ours = {"expansion": "factored", "expansion_lr": 2e-4, "max_grad_norm": None, "activation_checkpointing": "none"}
+    return [
+        replace(chunks(2e-4, **ours, decay="update"), num_updates=69, seed=seed),
+        replace(chunks(2e-4, **ours), num_updates=69, seed=seed),
+        Setting("lora", 3e-3, num_updates=59, seed=seed),
+    ]
 
 
 def settings() -> list[Setting]:
@@ -93,13 +106,9 @@ def settings() -> list[Setting]:
         chunks(1e-4, **factored, expansion_lr=2e-4, max_grad_norm=None),
         Setting("badam", 3e-3),
         # As many updates as take the processor time that the whole model's 32 in backward take.
-        Setting("lora", 3e-3, num_updates=59),
         replace(unclipped, num_updates=53),
         replace(chunks(3e-4, **factored, **free, activation_checkpointing="none"), num_updates=69),
-        replace(
-            chunks(2e-4, **factored, expansion_lr=2e-4, max_grad_norm=None, activation_checkpointing="none"),
-            num_updates=69,
-        ),
+        *equal_time(0),
         chunks(2e-4, 1, **in_backward),
         Setting("adamw", 3e-5),
         Setting("adafactor", 1e-3),
@@ -117,6 +126,8 @@ def settings() -> list[Setting]:
         Setting("badam", 1e-2),
         Setting("badam", 3e-4),
         chunks(3e-3),
+        *equal_time(1),
+        *equal_time(2),
     ]
 
 
@@ -168,10 +179,10 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
     from engine.spec import Precision
     from engine.step import StepOptions, evaluate
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(setting.seed)
     tokenizer = load_tokenizer(MODEL)
-    splits = load_dataset(text, "auto", tokenizer, SEQ_LEN, 0.05, SEED)
-    batches = Batches(splits.train, BATCH_SIZE, SEED)
+    splits = load_dataset(text, "auto", tokenizer, SEQ_LEN, 0.05, setting.seed)
+    batches = Batches(splits.train, BATCH_SIZE, setting.seed)
     held_out = splits.evaluation[:NUM_HELD_OUT]
     profiler = CpuProfiler()
     with profiler.step():
@@ -221,7 +232,7 @@ def _method(model: Any, setting: Setting, observer: Any) -> Update:
     rate = linear_decay(setting.learning_rate, setting.num_updates, cycle_length)
     if options.get("update_in_backward"):
         options["max_grad_norm"] = None
-    return chunkft(model, rate, observer, seed=SEED, **{"activation_checkpointing": "full", **options})
+    return chunkft(model, rate, observer, seed=setting.seed, **{"activation_checkpointing": "full", **options})
 
 
 def read_rows() -> list[dict[str, Any]]:
