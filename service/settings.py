@@ -67,7 +67,8 @@ class Settings(BaseSettings):
     database_url: str = Field(default_factory=lambda data: f"sqlite:///{data['data_dir'] / 'chunkplan.db'}")
     """``sqlite:///PATH`` or ``postgresql://…``."""
     database_timeout_seconds: Seconds = 15.0
-    """How long anything waits for a lock or a connection before it fails."""
+    """How long anything waits for a lock or a connection before it fails, and Postgres for a server that has stopped in
+    the middle of a unit of work before it undoes it."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["data_dir"] / "models")
     """A catalog id resolves to the folder of that name in here when a job trains it."""
     model_roots: list[AbsolutePath] = [Path()]

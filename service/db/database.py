@@ -2,7 +2,8 @@
 
 `read()` and `write()` are the only ways to a session. A write commits when its block ends and rolls back when it
 raises; nothing else commits. On SQLite a writer takes the write lock at once (BEGIN IMMEDIATE), so that two
-writers queue up at the start instead of failing in the middle; on Postgres rows are locked where it matters.
+writers queue up at the start instead of failing in the middle; on Postgres rows are locked where it matters, and who
+stops in the middle of a unit of work loses it: a server that hangs must not keep what it has locked from the others.
 Statements' parameters never show up in errors: they may be secrets.
 """
 
@@ -37,12 +38,14 @@ def create_database_engine(url: str, timeout_seconds: float = DEFAULT_TIMEOUT_SE
 
     Args:
         url: of the database.
-        timeout_seconds: how long a statement waits for a lock, and a connection for the server.
+        timeout_seconds: how long a statement waits for a lock, a connection for the server, and Postgres for the next
+            statement of a unit of work that has begun.
     """
     parsed = normalise_url(url)
     milliseconds = int(timeout_seconds * 1000)
     if parsed.get_backend_name() != "sqlite":
         options = f"-c timezone=utc -c lock_timeout={milliseconds}"
+        options += f" -c idle_in_transaction_session_timeout={milliseconds}"
         arguments = {"options": options, "connect_timeout": max(2, int(timeout_seconds))}
         return create_engine(
             parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=arguments, hide_parameters=True

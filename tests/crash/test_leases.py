@@ -16,6 +16,21 @@ def submit(server, dataset):
     return server.post("/v1/jobs", job_request(dataset, max_steps=2000, checkpoint_every=5))["id"]
 
 
+def suspend_while_it_writes(server, database_url):
+    """Suspends the only server on a database in the middle of a unit of work that has written and holds locks."""
+    writing = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND backend_xid IS NOT NULL"
+    with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection:
+
+        def catch():
+            server.suspend()
+            if connection.execute(f"{writing} AND state = 'idle in transaction'").fetchone():
+                return True
+            server.wake()
+            return False
+
+        wait_for(catch, "a moment at which the server writes", 60, every=0.003)
+
+
 def test_a_server_that_cannot_renew_its_lease_ends_its_trainer(start_server, dataset, database_url):
     server = start_server(**SHORT)
     job_id = submit(server, dataset)
@@ -29,12 +44,12 @@ def test_a_server_that_cannot_renew_its_lease_ends_its_trainer(start_server, dat
     server.post(f"/v1/jobs/{job_id}/cancel")
 
 
-def test_a_hanging_server_loses_its_attempt_and_its_voice(start_server, dataset):
+def test_a_hanging_server_loses_its_attempt_its_locks_and_its_voice(start_server, dataset, database_url):
     hanging = start_server(**SHORT)
     job_id = submit(hanging, dataset)
     hanging.wait_for_events(job_id, "checkpoint", 1)
     (trainer,) = hanging.trainers()
-    hanging.suspend()
+    suspend_while_it_writes(hanging, database_url)
     try:
         other = start_server(**SHORT)
         wait_for(lambda: gone(trainer), "the trainer to be told to stop", 60)
