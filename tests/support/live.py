@@ -24,13 +24,18 @@ TRAINING = {
 }
 
 
-class LiveServer:
-    """``python -m service.serve`` on a free port."""
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = int(listener.getsockname()[1])
+
+class LiveServer:
+    """``python -m service.serve`` on a free port, or a given one."""
+
+    def __init__(self, environment: dict[str, str], log: Path, port: int | None = None) -> None:
+        port = port or free_port()
         self._log = log
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHUNKPLAN_")}
         environment = inherited | {"CHUNKPLAN_PORT": str(port), "OMP_NUM_THREADS": "1"} | environment
@@ -40,9 +45,9 @@ class LiveServer:
             )
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=150)
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, seconds: float = 60) -> None:
         """Returns when the server answers that it is ready."""
-        wait_for(self._is_ready, "the server to be ready")
+        wait_for(self._is_ready, "the server to be ready", seconds)
 
     @property
     def pid(self) -> int:
