@@ -52,6 +52,8 @@ SETTINGS = {
 }
 WEIGHTS = {"server": 20, "trainer": 17, "both": 8, "suspended": 5}
 """Kinds of kills, out of fifty."""
+DEEDS = {"wait": 56, "cancel": 18, "cancel running": 8, "pause": 10, "pause running": 8}
+"""What users do to a job, out of a hundred."""
 NUM_USERS = 6
 MAX_STEPS, CHECKPOINT_EVERY = 24, 3
 PATIENCE_SECONDS = 900.0
@@ -161,7 +163,7 @@ class User(threading.Thread):
         answer = self._ask("POST", "/v1/jobs", json=self._stage.request(), headers={"Idempotency-Key": key})
         assert answer.status_code == 201, answer.text
         job_id = answer.json()["id"]
-        deed = choice.choices(("wait", "cancel", "cancel running", "pause", "pause running"), (62, 12, 10, 8, 8))[0]
+        deed = choice.choices(list(DEEDS), list(DEEDS.values()))[0]
         follows = number % 4 == 0
         listener = Listener(self._stage, self._tally, job_id) if follows else None
         if listener is not None:
@@ -209,10 +211,10 @@ class User(threading.Thread):
                 self._tally.count("requests repeated: no answer")
                 self._tally.count(f"requests repeated: {type(error).__name__}")
                 return None
-            if answer.status_code < 400 or answer.status_code == 404:
-                return answer
-            code = answer.json().get("code")
-            if answer.status_code >= 500 or code == "idempotency_in_flight":
+            code = answer.json().get("code") if answer.status_code >= 400 else None
+            if answer.status_code == 500:
+                self._tally.violation(f"{method} {path} was answered with 500: {code}")
+            if answer.status_code in {429, 500, 503} or code == "idempotency_in_flight":
                 self._tally.count(f"requests repeated: {answer.status_code} {code}")
                 return None
             return answer
@@ -310,6 +312,8 @@ class Killer:
     def _kill(self, kind: str, users: list[User]) -> bool:
         trainers = self._moment(kind, users)
         server = self._stage.server
+        if not any(user.is_alive() for user in users):
+            return False
         if kind in {"trainer", "both"}:
             if not trainers:
                 return False

@@ -123,12 +123,15 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
     parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")
     parser.add_argument("--lock-file", type=Path, help="exclusive lock of the device")
+    parser.add_argument("--wait", action="store_true", help="begin when a line comes on standard input; or leave")
     parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="process that must outlive the attempt")
     arguments = parser.parse_args()
     # Threads that wait sleep instead of spinning: beside one busy process, spinning made an update five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stop = StopRequest()
     die_with_parent(arguments.parent_pid)
+    if arguments.wait and not sys.stdin.readline():
+        return EXIT_STOPPED  # whoever started it died before it had written that down
     lock = lock_device(arguments.lock_file) if arguments.lock_file else None
     if arguments.lock_file and lock is None:
         print("the device is in use by another trainer", file=sys.stderr)

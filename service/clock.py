@@ -1,7 +1,12 @@
-"""Where the time comes from: injected wherever time decides something."""
+"""Where the time comes from: injected wherever time decides something.
+
+The time of day can be set, forwards and back, and differs between machines: it says when something happened. How long
+something takes, and whether it took too long, is measured by `Clock.elapsed`, which nobody sets.
+"""
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -12,6 +17,9 @@ class Clock(Protocol):
     def now(self) -> datetime:
         """The current time, UTC-aware."""
 
+    def elapsed(self) -> float:
+        """Seconds since some moment; they only grow, and a machine's sleep counts."""
+
 
 class SystemClock:
     """The machine's clock."""
@@ -19,3 +27,10 @@ class SystemClock:
     def now(self) -> datetime:
         """The current time, UTC-aware."""
         return datetime.now(UTC)
+
+    def elapsed(self) -> float:
+        """Seconds since some moment; they only grow, and a machine's sleep counts."""
+        return time.clock_gettime(_STEADY)
+
+
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)

@@ -95,6 +95,7 @@ def _run(run: LocalRun, *, quiet: bool) -> Outcome:
 
     execution = LocalExecution(run.locks_dir)
     execution.start(run.launch)
+    execution.begin(run.launch.attempt_id)
     outcome = Outcome()
     with _interrupts(execution, run.launch.attempt_id), _view(quiet=quiet) as view:
         for kind, data in _events(execution, run, outcome):

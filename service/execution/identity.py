@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process: host, pid, and when it was created."""
+    """A process: host, pid, and when it was started, by a clock that nobody sets."""
 
     host: str
     pid: int
-    created: float
+    started: str
 
     @classmethod
     def current(cls) -> ProcessIdentity:
@@ -29,16 +30,16 @@ class ProcessIdentity:
         Raises:
             psutil.NoSuchProcess: there is none.
         """
-        return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
+        return cls(socket.gethostname(), pid, _start_of(pid))
 
     @classmethod
     def parse(cls, text: str) -> ProcessIdentity:
         """The identity that `str` wrote."""
-        host, pid, created = text.rsplit("/", 2)
-        return cls(host, int(pid), float(created))
+        host, pid, started = text.rsplit("/", 2)
+        return cls(host, int(pid), started)
 
     def __str__(self) -> str:
-        return f"{self.host}/{self.pid}/{self.created!r}"
+        return f"{self.host}/{self.pid}/{self.started}"
 
     @property
     def is_local(self) -> bool:
@@ -48,7 +49,22 @@ class ProcessIdentity:
     def is_running(self) -> bool:
         """Whether the process is there; a zombie is not."""
         try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
+            return _start_of(self.pid) == self.started and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+def _start_of(pid: int) -> str:
+    """On Linux the boot, and the kernel's ticks from there: times of day would change when the clock is set.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    boot, process = Path("/proc/sys/kernel/random/boot_id"), Path(f"/proc/{pid}/stat")
+    if not boot.exists():
+        return repr(psutil.Process(pid).create_time())
+    try:
+        after_name = process.read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(pid) from error
+    return f"{boot.read_text().strip()}-{after_name[19]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -76,7 +76,8 @@ class Ledger:
         """Gives the job whose turn it is to a free device; a job that can never fit there is rejected."""
         now = self._clock.now()
         with self._database.write() as session:
-            job = JobRepository(session).next_queued(device.kind, now)
+            delay = timedelta(seconds=self._settings.retry_delay_seconds)
+            job = JobRepository(session).next_queued(device.kind, now, delay)
             if job is None:
                 return None
             plan = session.get_one(PlanRow, job.plan_id)
@@ -151,12 +152,10 @@ class Ledger:
             )
             return Finish(outcome, profile)
 
-    def renew(self, attempt_ids: Collection[str]) -> datetime:
-        """Extends leases; returns until when."""
-        expires_at = self._lease()
+    def renew(self, attempt_ids: Collection[str]) -> set[str]:
+        """Extends leases; returns the attempts that still are this server's."""
         with self._database.write() as session:
-            AttemptRepository(session).renew(self._owner, attempt_ids, expires_at)
-        return expires_at
+            return AttemptRepository(session).renew(self._owner, attempt_ids, self._lease())
 
     def offset(self, handle: Handle) -> int:
         """Up to where an attempt's event file is in the database."""
@@ -168,10 +167,10 @@ class Ledger:
         with self._database.read() as session:
             return AttemptRepository(session).open()
 
-    def states(self, handles: Collection[Handle]) -> dict[str, JobState]:
-        """The states of the handles' jobs."""
+    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """The states of some jobs."""
         with self._database.read() as session:
-            return JobRepository(session).states([handle.job_id for handle in handles])
+            return JobRepository(session).states(job_ids)
 
     def _attempt(self, job: JobRow, device: Device, now: datetime) -> AttemptRow:
         return AttemptRow(

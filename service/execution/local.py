@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,13 @@ class LocalExecution:
         lock_file = self._locks_dir / f"{launch.device.replace(':', '-')}.lock"
         command = [sys.executable, "-P", "-m", "engine.worker", "--run-dir", str(launch.run_dir)]
         command += ["--attempt", str(launch.number), "--lock-file", str(lock_file)]
-        command += ["--parent-pid", str(os.getpid())]
+        command += ["--parent-pid", str(os.getpid()), "--wait"]
         with (attempt_dir / "log.txt").open("ab") as log_file:
             process = subprocess.Popen(
                 command,
                 cwd=launch.run_dir,
                 env=_environment(),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -55,6 +56,13 @@ class LocalExecution:
         identity = str(ProcessIdentity.of(process.pid))
         self._running[launch.attempt_id] = _Running(process, identity)
         return Status(identity, None)
+
+    def begin(self, attempt_id: str) -> None:
+        """See `Execution.begin`."""
+        pipe = self._running[attempt_id].process.stdin
+        with suppress(BrokenPipeError):
+            pipe.write(b"\n")
+            pipe.close()
 
     def stop(self, attempt_id: str) -> None:
         """See `Execution.stop`."""
@@ -73,7 +81,8 @@ class LocalExecution:
 
     def forget(self, attempt_id: str) -> None:
         """See `Execution.forget`."""
-        del self._running[attempt_id]
+        with suppress(BrokenPipeError):
+            self._running.pop(attempt_id).process.stdin.close()
 
 
 def _environment() -> dict[str, str]:

@@ -31,11 +31,14 @@ class Execution(Protocol):
     """Runs attempts."""
 
     def start(self, launch: Launch) -> Status:
-        """Starts an attempt.
+        """Starts an attempt, which does nothing before it is told to `begin`.
 
         Raises:
             OSError: its process cannot be started.
         """
+
+    def begin(self, attempt_id: str) -> None:
+        """Lets an attempt begin: its process is on record, so that it will be found whatever happens now."""
 
     def stop(self, attempt_id: str) -> None:
         """Asks an attempt to checkpoint and stop; returns at once."""

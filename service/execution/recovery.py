@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Collection
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import structlog
 
@@ -15,6 +16,7 @@ from service.db.tables import AttemptRow
 from service.execution.identity import ProcessIdentity
 from service.execution.ledger import Handle, Ledger, StaleToken
 from service.execution.messages import read_messages
+from service.jobs.states import JobState
 from service.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -23,7 +25,9 @@ log = structlog.get_logger(__name__)
 class Recovery:
     """Finds abandoned attempts and ends them, so that their jobs resume from their last checkpoint.
 
-    An attempt is abandoned when its lease has run out, or, sooner, when its server was on this host and is gone.
+    An attempt is abandoned when its server was on this host and is gone, or when its lease has run out: when this
+    server has watched for a lease's whole time that nobody renewed it. Times of day are not compared: clocks differ
+    and jump.
     """
 
     def __init__(self, ledger: Ledger, settings: Settings, clock: Clock, owner: str) -> None:
@@ -31,20 +35,34 @@ class Recovery:
         self._settings = settings
         self._clock = clock
         self._owner = owner
-        self._kill_at: dict[str, datetime] = {}
+        self._kill_at: dict[str, float] = {}
+        self._watched: dict[str, tuple[datetime, float]] = {}
+        """By attempt, its lease and since when this server has seen the same one."""
+        self._is_tidy = False
 
     def round(self, followed: Collection[str]) -> None:
         """Looks at every open attempt that this server does not follow."""
-        for attempt in self._ledger.open_attempts():
-            if attempt.id not in followed and self._is_abandoned(attempt):
+        if not self._is_tidy:
+            self._remove_leftovers()
+            self._is_tidy = True
+        attempts = [attempt for attempt in self._ledger.open_attempts() if attempt.id not in followed]
+        self._watched = {attempt.id: self._watch(attempt) for attempt in attempts}
+        for attempt in attempts:
+            if self._is_abandoned(attempt):
                 with structlog.contextvars.bound_contextvars(job_id=attempt.job_id, attempt_id=attempt.id):
                     self._recover(attempt)
 
+    def _watch(self, attempt: AttemptRow) -> tuple[datetime, float]:
+        lease, now = attempt.lease_expires_at, self._clock.elapsed()
+        known, since = self._watched.get(attempt.id, (lease, now))
+        return (lease, since) if known == lease else (lease, now)
+
     def _is_abandoned(self, attempt: AttemptRow) -> bool:
         owner = ProcessIdentity.parse(attempt.owner)
-        if attempt.owner == self._owner or attempt.lease_expires_at <= self._clock.now():
+        if attempt.owner == self._owner or (owner.is_local and not owner.is_running()):
             return True
-        return owner.is_local and not owner.is_running()
+        _, since = self._watched[attempt.id]
+        return self._clock.elapsed() - since >= self._settings.lease_seconds
 
     def _recover(self, attempt: AttemptRow) -> None:
         if self._is_trainer_running(attempt):
@@ -64,9 +82,9 @@ class Recovery:
         if process is None or not process.is_local or not process.is_running():
             self._kill_at.pop(attempt.id, None)
             return False
-        now = self._clock.now()
+        now = self._clock.elapsed()
         if attempt.id not in self._kill_at:
-            self._kill_at[attempt.id] = now + timedelta(seconds=self._settings.stop_grace_seconds)
+            self._kill_at[attempt.id] = now + self._settings.stop_grace_seconds
             if ProcessIdentity.parse(attempt.owner).is_running():
                 # Its server hangs but lives, so the kernel has said nothing to the trainer.
                 with suppress(ProcessLookupError):
@@ -82,3 +100,12 @@ class Recovery:
         while (batch := read_messages(path, offset)).next_offset > offset:
             self._ledger.ingest(handle, batch, offset)
             offset = batch.next_offset
+
+    def _remove_leftovers(self) -> None:
+        """Checkpoints of jobs that have succeeded: their server died before it got to it."""
+        folders = [path.parent for path in self._settings.runs_dir.glob("*/checkpoints")]
+        for batch in (folders[i : i + 500] for i in range(0, len(folders), 500)):
+            states = self._ledger.states([folder.name for folder in batch])
+            for folder in batch:
+                if states.get(folder.name) is JobState.SUCCEEDED:
+                    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

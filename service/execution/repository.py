@@ -42,12 +42,13 @@ class AttemptRepository:
             statement = statement.where(AttemptRow.events_offset == at_offset)
         return self._count(statement.values(**values)) == 1
 
-    def renew(self, owner: str, attempt_ids: Collection[str], expires_at: datetime) -> int:
-        """Extends the leases of an owner's attempts; returns how many still are its own."""
+    def renew(self, owner: str, attempt_ids: Collection[str], expires_at: datetime) -> set[str]:
+        """Extends the leases of an owner's attempts; returns those that still are its own."""
         statement = update(AttemptRow).where(
             AttemptRow.id.in_(attempt_ids), AttemptRow.owner == owner, AttemptRow.ended_at.is_(None)
         )
-        return self._count(statement.values(lease_expires_at=expires_at))
+        renewed = statement.values(lease_expires_at=expires_at).returning(AttemptRow.id)
+        return set(self._session.scalars(renewed, execution_options={"synchronize_session": False}))
 
     def open(self) -> list[AttemptRow]:
         """Attempts that have not ended, as far as the database knows."""

@@ -12,7 +12,6 @@ import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
@@ -38,9 +37,13 @@ class Following:
     """An attempt of this server."""
 
     handle: Handle
-    lease_expires_at: datetime
+    process: str
+    lease_until: float
+    """By `Clock.elapsed`, as `kill_at`."""
     offset: int = 0
-    kill_at: datetime | None = None
+    has_begun: bool = False
+    """Set when its process is on record."""
+    kill_at: float | None = None
     """Set when it was asked to stop."""
 
 
@@ -66,7 +69,7 @@ class Supervisor:
         self._clock = clock
         self._metrics = metrics
         self._following: dict[str, Following] = {}
-        self._recover_at = clock.now()
+        self._recover_at = clock.elapsed()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -99,10 +102,12 @@ class Supervisor:
             # The database may be away for a while: what was not written is written at the next tick.
             log.exception("the supervisor's round failed")
             self._stop_without_lease()
+            if self._stopping.is_set():
+                self._stop_without_database()
 
     def tick(self) -> None:
         """One round: follow, renew, recover, start."""
-        states = self._ledger.states([following.handle for following in self._following.values()])
+        states = self._ledger.states([following.handle.job_id for following in self._following.values()])
         for following in list(self._following.values()):
             with structlog.contextvars.bound_contextvars(
                 job_id=following.handle.job_id, attempt_id=following.handle.attempt_id
@@ -111,9 +116,9 @@ class Supervisor:
         self._renew()
         if self._stopping.is_set():
             return
-        now = self._clock.now()
+        now = self._clock.elapsed()
         if now >= self._recover_at:
-            self._recover_at = now + timedelta(seconds=self._settings.poll_seconds * 4)
+            self._recover_at = now + self._settings.poll_seconds * 4
             self._recovery.round(set(self._following))
         self._dispatch()
 
@@ -122,6 +127,8 @@ class Supervisor:
         attempt_id = following.handle.attempt_id
         exit_code = self._execution.status(attempt_id).exit_code  # asked first: nothing is reported after the end
         try:
+            if not following.has_begun:
+                self._begin(following)
             self._drain(following)
             if exit_code is not None:
                 self._bury(following, exit_code)
@@ -168,29 +175,42 @@ class Supervisor:
 
     def _stop(self, following: Following) -> None:
         """Asks once; kills when the time of grace is over."""
-        now = self._clock.now()
+        now = self._clock.elapsed()
         if following.kill_at is None:
-            following.kill_at = now + timedelta(seconds=self._settings.stop_grace_seconds)
+            following.kill_at = now + self._settings.stop_grace_seconds
             self._execution.stop(following.handle.attempt_id)
         elif now >= following.kill_at:
             log.warning("the attempt did not stop in time; it is killed")
             self._execution.kill(following.handle.attempt_id)
 
     def _renew(self) -> None:
-        now = self._clock.now()
-        due = timedelta(seconds=self._settings.lease_seconds * 2 / 3)
-        if any(following.lease_expires_at - now < due for following in self._following.values()):
-            expires_at = self._ledger.renew(list(self._following))
-            for following in self._following.values():
-                following.lease_expires_at = expires_at
+        now = self._clock.elapsed()
+        due = self._settings.lease_seconds * 2 / 3
+        if all(following.lease_until - now >= due for following in self._following.values()):
+            return
+        own = self._ledger.renew(list(self._following))
+        for attempt_id, following in self._following.items():
+            if attempt_id in own:
+                following.lease_until = now + self._settings.lease_seconds
+            else:
+                log.warning("another server has taken the attempt over; it is killed", attempt_id=attempt_id)
+                self._execution.kill(attempt_id)
 
     def _stop_without_lease(self) -> None:
         """An attempt whose lease could not be renewed may be started elsewhere: it must not go on here."""
-        now = self._clock.now()
+        now = self._clock.elapsed()
         for following in self._following.values():
-            if now >= following.lease_expires_at:
+            if now >= following.lease_until:
                 log.warning("lease lost", attempt_id=following.handle.attempt_id)
                 self._execution.kill(following.handle.attempt_id)
+
+    def _stop_without_database(self) -> None:
+        """Ends the attempts with the server; whoever comes next reads their last words and queues their jobs."""
+        for following in list(self._following.values()):
+            if self._execution.status(following.handle.attempt_id).exit_code is None:
+                self._stop(following)
+            else:
+                self._forget(following)
 
     def _dispatch(self) -> None:
         busy = {following.handle.device for following in self._following.values()}
@@ -201,6 +221,7 @@ class Supervisor:
     def _launch(self, claimed: Claimed) -> None:
         handle = claimed.handle
         run_dir = self._settings.runs_dir / handle.job_id
+        lease_until = self._clock.elapsed() + self._settings.lease_seconds
         with structlog.contextvars.bound_contextvars(job_id=handle.job_id, attempt_id=handle.attempt_id):
             try:
                 _write_json(run_dir / "job.json", claimed.run_spec)
@@ -209,11 +230,17 @@ class Supervisor:
                 log.exception("the attempt could not be started")
                 self._ledger.finish(handle, 1, last_words=str(error))
                 return
-            lease = self._clock.now() + timedelta(seconds=self._settings.lease_seconds)
-            self._following[handle.attempt_id] = Following(handle, lease)
+            following = self._following[handle.attempt_id] = Following(handle, status.process, lease_until)
             self._metrics.planned_bytes.labels(handle.device).set(claimed.upper_bytes)
-            self._ledger.record_process(handle, status.process)
-            log.info("attempt started", number=handle.number, device=handle.device, process=status.process)
+            self._begin(following)
+
+    def _begin(self, following: Following) -> None:
+        """Records the attempt's process, and only then lets it do anything: nothing runs that nobody would find."""
+        handle = following.handle
+        self._ledger.record_process(handle, following.process)
+        self._execution.begin(handle.attempt_id)
+        following.has_begun = True
+        log.info("attempt started", number=handle.number, device=handle.device, process=following.process)
 
     def _attempt_dir(self, handle: Handle) -> Path:
         return self._settings.runs_dir / handle.job_id / "attempts" / str(handle.number)

@@ -104,7 +104,7 @@ class IdempotencyKeys:
     def _existing(self, claim: Claim, body_sha256: str, now: datetime) -> Claim | Answer:
         with self._database.write() as session:
             row = session.get(IdempotencyRow, (claim.project, claim.key), with_for_update=True)
-            if row is None or (row.status_code is None and row.claim_expires_at <= now):
+            if row is None or (row.status_code is None and self._has_run_out(row.claim_expires_at, now)):
                 session.merge(self._row(claim, body_sha256, now))
                 return claim
             if row.body_sha256 != body_sha256:
@@ -113,6 +113,10 @@ class IdempotencyKeys:
                 raise Conflict("idempotency_in_flight", f"a request with this {HEADER} is still being worked on")
             assert row.response is not None
             return Answer(row.status_code, row.location, row.response, replayed=True)
+
+    def _has_run_out(self, expires_at: datetime, now: datetime) -> bool:
+        """Also when it has longer to go than any claim has: the clock was set back."""
+        return not now < expires_at <= now + self._claim_duration
 
 
 def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:

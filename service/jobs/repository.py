@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
@@ -66,11 +66,15 @@ class JobRepository:
         self._session.add(job)
         self._session.flush()
 
-    def next_queued(self, device_kind: str, now: datetime) -> JobRow | None:
-        """The job whose turn it is on a device of this kind, locked: priority, then age. Others skip it."""
+    def next_queued(self, device_kind: str, now: datetime, longest_delay: timedelta) -> JobRow | None:
+        """The job whose turn it is on a device of this kind, locked: priority, then age. Others skip it.
+
+        A job that has to wait for longer than the longest delay was delayed before the clock was set back.
+        """
+        is_due = or_(JobRow.not_before <= now, JobRow.not_before > now + longest_delay)
         statement = (
             select(JobRow)
-            .where(JobRow.state == JobState.QUEUED, JobRow.device_kind == device_kind, JobRow.not_before <= now)
+            .where(JobRow.state == JobState.QUEUED, JobRow.device_kind == device_kind, is_due)
             .order_by(JobRow.priority.desc(), JobRow.created_at, JobRow.id)
             .limit(1)
             .with_for_update(skip_locked=True)
