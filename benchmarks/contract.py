@@ -48,6 +48,8 @@ def _runs(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "CHUNKPLAN_DATASET_ROOTS": json.dumps([str(folder)]),
         "CHUNKPLAN_QUOTA__REQUESTS_PER_SECOND": "1e6",
         "CHUNKPLAN_QUOTA__REQUESTS_BURST": "1000000",
+        "CHUNKPLAN_REFUSALS_PER_SECOND": "1e6",
+        "CHUNKPLAN_REFUSALS_BURST": "1000000",
         "CHUNKPLAN_PLAN_TIMEOUT_SECONDS": "600",
     }
     command = [sys.executable, "-m", "service.cli", "keys", "create", "--name", "contract"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from engine.errors import InputError
 
@@ -115,7 +115,7 @@ class TrainingSpec(SpecModel):
     seq_len: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    packing: bool = False
+    packing: StrictBool = False
     """Short rows share a sequence of ``seq_len`` tokens without seeing each other."""
     precision: Precision = Precision.BF16
     """Of the weights, and of the computation where ``autocast`` does not say otherwise. fp16 scales the loss."""
@@ -129,7 +129,7 @@ class TrainingSpec(SpecModel):
     schedule: Literal["auto"] | ScheduleSpec = Field(default_factory=ScheduleSpec)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
-    update_in_backward: bool = False
+    update_in_backward: StrictBool = False
     """Update each slice as soon as its gradient is complete, and free it: a chunk's gradients never exist together."""
     lora: LoraSpec | None = None
     """Of method ``lora``, which takes the defaults where nothing is given."""
@@ -330,7 +330,7 @@ class OutputSpec(SpecModel):
     """Folder name of the exported model; default: base, size, method, data and the next free number."""
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,47}$")] | None = None
     """Stands in the default name instead of the data's."""
-    merge: bool = False
+    merge: StrictBool = False
     """With method ``lora``: export the model with the adapters added to its weights, not the adapters."""
 
     @model_validator(mode="after")
@@ -384,7 +384,7 @@ class RunSpec(SpecModel):
     """Evaluated on instead of held-out rows."""
     training: JobTraining
     output_name: str
-    merge: bool = False
+    merge: StrictBool = False
     predicted_peak_bytes: int | None = None
     """Allocated bytes at the peak as planned; for the model card."""
     device: str = "cpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Event
 
 from service.access.limits import Turns
@@ -14,6 +14,7 @@ from service.execution.identity import ProcessIdentity
 from service.execution.local import LocalExecution
 from service.execution.supervisor import Supervisor
 from service.files.service import FileService
+from service.jobs.feed import EventFeed
 from service.jobs.service import JobService
 from service.operation.metrics import Metrics
 from service.operation.retention import Housekeeper
@@ -39,9 +40,10 @@ class Services:
     housekeeper: Housekeeper
     metrics: Metrics
     access: Access
+    feed: EventFeed
     plan_turns: Turns
     stream_turns: Turns
-    closing: Event = field(default_factory=Event)
+    closing: Event
     """Set when the server is about to stop, so that streams end."""
 
 
@@ -66,6 +68,7 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
         database, LocalExecution(settings.locks_dir), devices, settings, clock, ProcessIdentity.current(), metrics
     )
     jobs = JobService(database, plans, devices, settings, clock)
+    access, closing = Access(database, clock), Event()
     return Services(
         settings=settings,
         clock=clock,
@@ -78,7 +81,9 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
         supervisor=supervisor,
         housekeeper=Housekeeper(database, settings, clock, metrics),
         metrics=metrics,
-        access=Access(database, clock),
+        access=access,
+        feed=EventFeed(database, access, settings.poll_seconds, closing),
         plan_turns=Turns("too_many_plans", "requests for plans"),
         stream_turns=Turns("too_many_streams", "event streams"),
+        closing=closing,
     )

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     project_quotas: dict[str, Quota] = {}
     """By project; what is left out is taken from ``quota``."""
 
+    refusals_per_second: Annotated[float, Field(gt=0)] = 5.0
+    """Requests without a valid key that one address is told about, in the long run; further ones are told to wait."""
+    refusals_burst: Positive = 100
+    """The same, at once."""
+
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """Failed attempts in a row, none of which got past the checkpoint it started from, that end a job."""
     lease_seconds: Seconds = 30.0

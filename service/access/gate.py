@@ -28,7 +28,6 @@ CALLER = "chunkplan.caller"
 """Key of a request's scope under which routes find the `Caller`."""
 
 _READING = frozenset({"GET", "HEAD"})
-_FAILURES_PER_SECOND, _FAILURES_BURST = 5.0, 100
 _MAX_LOOKUPS = 8
 
 
@@ -77,7 +76,7 @@ class Gate:
             return self._access.recognise(text.strip())
         except Unauthenticated:
             address = request.client.host if request.client else ""
-            self._failures.take(address, _FAILURES_PER_SECOND, _FAILURES_BURST)
+            self._failures.take(address, self._settings.refusals_per_second, self._settings.refusals_burst)
             raise
 
 

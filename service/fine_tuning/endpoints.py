@@ -21,7 +21,7 @@ from service.fine_tuning.schemas import FineTuningCheckpointView, FineTuningEven
 from service.jobs.idempotency import HEADER
 from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
-from service.jobs.stream import LastEvent, StreamedJob, events_as_they_come
+from service.jobs.stream import LastEvent, StreamedJob
 from service.paging import LongWindowDep, Page, WindowDep
 from service.services import Services
 
@@ -117,7 +117,7 @@ async def stream_events(
     job: StreamedJob, last_event: LastEvent, services: ServicesDep, caller: CallerDep
 ) -> AsyncIterator[ServerSentEvent]:
     """Events in their order as they happen, until the job has ended; ``Last-Event-ID`` resumes after one's ``id``."""
-    async for row in events_as_they_come(services, caller, job, last_event):
+    async for row in services.feed.events(caller, job, last_event):
         # The stream's own ids are left out: after one, OpenAI's client takes the comments in between for events.
         yield ServerSentEvent(raw_data=FineTuningEventView.of(row).model_dump_json())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, or_, select
@@ -13,6 +14,15 @@ from service.errors import NotFound
 from service.ids import is_well_formed
 from service.jobs.states import ACTIVE, JobState
 from service.paging import Window, by_number, newest_first
+
+
+@dataclass(frozen=True)
+class Head:
+    """How far a job's events have come."""
+
+    last_event: int
+    is_final: bool
+    """Whether the job has ended, so that this is its last one."""
 
 
 class JobRepository:
@@ -85,6 +95,12 @@ class JobRepository:
         """The states of some jobs."""
         statement = select(JobRow.id, JobRow.state).where(JobRow.id.in_(job_ids))
         return dict(self._session.execute(statement).all())
+
+    def heads(self, job_ids: Collection[str]) -> dict[str, Head]:
+        """How far the events of some jobs have come."""
+        statement = select(JobRow.id, JobRow.last_event, JobRow.state).where(JobRow.id.in_(job_ids))
+        rows = self._session.execute(statement)
+        return {job_id: Head(last_event, state.is_final) for job_id, last_event, state in rows}
 
     def count_by_state(self) -> dict[JobState, int]:
         """How many jobs are in each state; states without a job count 0."""

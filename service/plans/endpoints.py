@@ -14,7 +14,7 @@ from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession, Ser
 from service.examples import COMPARISON, PLAN
 from service.paging import OptionalText, Page, WindowDep
 from service.plans.repository import PlanRepository
-from service.plans.schemas import CompareRequest, Comparison, PlanSummary, Refusal
+from service.plans.schemas import CompareRequest, Comparison, PerfettoTrace, PlanSummary, Refusal
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
@@ -73,7 +73,7 @@ def show_plan(plan_id: str, session: ReadSession, if_none_match: Annotated[str |
 
 @router.get(
     "/{plan_id}/timeline",
-    response_model=Timeline,
+    response_model=Timeline | PerfettoTrace,
     responses={200: {"content": _FILES}, 409: {}},
     dependencies=[PlanTurn],
 )

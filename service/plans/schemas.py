@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from engine.spec import ModelRef, SpecModel, TrainingSpec
 from planner.spec import GpuRef
 from service.db.tables import PlanUseRow
 from service.paging import Listed
+
+
+class PerfettoTrace(BaseModel):
+    """The footprint in Chrome's trace event format."""
+
+    traceEvents: list[dict[str, Any]]  # noqa: N815 - the format's own names
+    displayTimeUnit: Literal["ms"]  # noqa: N815
+    otherData: dict[str, str]  # noqa: N815
 
 
 class PlanSummary(Listed):
