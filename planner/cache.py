@@ -196,7 +196,7 @@ class TraceStore:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".partial", delete=False) as file:
-                json.dump(self._content, file, separators=(",", ":"))
+                file.write(json.dumps(self._content, separators=(",", ":")))  # in one piece: far faster than a stream
             Path(file.name).replace(self._path)
         except OSError:
             return

@@ -12,6 +12,7 @@ from engine.spec import Optimizer, ScheduleSpec, TrainingSpec
 from engine.states import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
 from planner.cache import TraceStore
 from planner.fold import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, SliceUpdate, added, fold, rounded
+from planner.programs import Interned, StepPrograms, update_needs
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from planner.spec import GpuSpec
 from planner.structure import ModelStructure, chunk_roles, stand_ins
@@ -126,6 +127,10 @@ class Footprints:
         self._rates: Rates = rates(training.compute_precision, gpu)
         self._steps: dict[tuple[int, int, int, int, bool], _Step] = {}
         self._folds: dict[int, tuple[StepTrace, FoldedStep]] = {}
+        self._programs: dict[int, StepPrograms] = {}
+        self.interned: Interned = {}
+        """Programs of the allocator's pools that were met."""
+        self._needs: dict[int, tuple[int, int] | None] = {}
         self._work_seconds: dict[int, list[float]] = {}
         self._columns = [info.num_columns for info in self.structure.parameters]
         self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], _SliceFigures]] = {}
@@ -230,6 +235,19 @@ class Footprints:
             leaves=update.leaves,
             is_shared=self._is_shared(update),
         )
+
+    def programs(self, trace: StepTrace) -> StepPrograms:
+        """A trace of this model prepared for the replay, once."""
+        if id(trace) not in self._programs:
+            self._programs[id(trace)] = StepPrograms(trace)
+        return self._programs[id(trace)]
+
+    def update_needs(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> tuple[int, int] | None:
+        """What the update of a slice takes at once; see :func:`planner.programs.update_needs`."""
+        trace = self.update_trace(piece, schedule, update)
+        if id(trace) not in self._needs:
+            self._needs[id(trace)] = update_needs(trace)
+        return self._needs[id(trace)]
 
     def _is_shared(self, update: Update) -> bool:
         """Do the states of the whole chunk pass through the same buffers? Only where copies run beside updates."""

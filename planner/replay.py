@@ -1,4 +1,9 @@
-"""Reserved memory: replays a cycle through the simulated CUDA caching allocator. Pure but for the trace store."""
+"""Reserved memory: what the simulated CUDA caching allocator makes of a cycle. Pure but for the trace store.
+
+The same as an event-by-event walk (:mod:`planner.walk`) says, to the byte, but a segment of a step is simulated only
+in states of the allocator that were not met before; and updates are not simulated at all where the largest free extent
+has room for everything that one of their blocks takes, so that nothing can be reserved for them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,12 @@ from collections.abc import Iterable
 from engine.chunks import Slice
 from engine.schedule import Schedule
 from engine.spec import ScheduleSpec
-from planner.allocator import CachingAllocator
-from planner.compose import compose
+from planner.compose import CompositionError
+from planner.fold import Copies
 from planner.footprint import ChunkFootprint, Footprints, Update, updates_of_visit
 from planner.overheads import Overheads
+from planner.pools import Pool
+from planner.programs import OTHER_NAMES, Ops, base_of, rule_events, seen_from
 from planner.structure import stand_ins
 
 
@@ -18,92 +25,147 @@ def reserved_bytes(
     footprints: Footprints, chunks: Iterable[ChunkFootprint], schedule: ScheduleSpec, overheads: Overheads
 ) -> int:
     """Highest reserved bytes over one cycle in the schedule's order, weights and library workspaces included."""
-    allocator = CachingAllocator()
-    replay = _Replay(allocator, footprints, schedule)
+    replay = Replay(footprints, schedule)
     replay.load(overheads)
     by_index = {footprint.chunk.index: footprint for footprint in chunks}
     for index in Schedule(len(by_index), schedule.order, 1).cycle_order(0):
         replay.visit(by_index[index])
-    return allocator.max_reserved_bytes
+    return replay.reserved_bytes
 
 
-class _Replay:
-    """Feeds the allocator; block numbers are unique over the cycle."""
+class Replay:
+    """Feeds both pools with a cycle."""
 
-    def __init__(self, allocator: CachingAllocator, footprints: Footprints, schedule: ScheduleSpec) -> None:
-        self._allocator = allocator
+    def __init__(self, footprints: Footprints, schedule: ScheduleSpec) -> None:
         self._footprints = footprints
         self._schedule = schedule
-        self._next = 0
+        self._itemsize = footprints.training.trained_precision.itemsize
+        self._pools = (Pool(is_small=False), Pool(is_small=True))
+        self._next_name = OTHER_NAMES
+
+    @property
+    def num_simulated(self) -> int:
+        """Operations that were not known from an equal state."""
+        return sum(pool.num_simulated for pool in self._pools)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of all segments, now: without a limit none is given back."""
+        return sum(pool.reserved_bytes for pool in self._pools)
 
     def load(self, overheads: Overheads) -> None:
-        """Weights and buffers, then the libraries' workspaces."""
+        """Weights and buffers, then the libraries' workspaces: they stay, and are never named again."""
         structure = self._footprints.structure
         sizes = [*structure.parameter_sizes, structure.buffer_bytes]
         if self._schedule.expansion == "factored":
             sizes += self._footprints.factored_bytes()
-        for size_bytes in sizes + [overheads.workspace_bytes] * overheads.num_workspaces:
-            if size_bytes:
-                self._malloc(size_bytes)
+        ops = Ops()
+        for number, size_bytes in enumerate(sizes + [overheads.workspace_bytes] * overheads.num_workspaces):
+            ops.take(OTHER_NAMES - number, size_bytes)
+        self._run(ops, -1)
+        for pool in self._pools:
+            pool.settle()
 
     def visit(self, footprint: ChunkFootprint) -> None:
         """All kinds of update of one visit, one after another."""
-        states: list[int] = []
+        states: set[int] = set()
+        self._next_name = OTHER_NAMES - len(footprint.chunk.slices)
         for update in updates_of_visit(self._schedule):
-            states = self._update(footprint, update, states)
+            staying = self._update(footprint, update)
+            states = staying if update.comes else states
+            for pool in self._pools:
+                pool.clear(set() if update.leaves else states)
 
-    def _update(self, footprint: ChunkFootprint, update: Update, states: list[int]) -> list[int]:
-        itemsize = self._footprints.training.trained_precision.itemsize
-        pieces = footprint.chunk.slices
-        slices = stand_ins(self._footprints.structure, footprint.chunk, footprint.runs)
+    def _update(self, footprint: ChunkFootprint, update: Update) -> set[int]:
+        """One update; returns the names of states that came to stay."""
+        pieces, training = footprint.chunk.slices, self._footprints.training
+        gradients: dict[int, tuple[int, int]] = {}
+        """(name, size in bytes) by ordinal of the slice."""
+        if training.gradient_accumulation_steps > 1:
+            ops = Ops()
+            for ordinal, piece in enumerate(pieces):
+                gradients[ordinal] = OTHER_NAMES - ordinal, piece.numel * self._itemsize
+                ops.take(*gradients[ordinal])
+            self._run(ops, -1)
+        staying: set[int] = set()
+        self._step(footprint, update, gradients, staying)
+        buffers = Ops()
+        for size_bytes in self._footprints.buffers(footprint.chunk, self._schedule, update):
+            buffers.take(self._name(), size_bytes)
+        self._run(buffers)
+        if not self._is_room(footprint, update):
+            for ordinal, (name, size_bytes) in sorted(gradients.items()):
+                ops = Ops()
+                staying |= self._add_update(ops, pieces[ordinal], update, name, size_bytes)
+                self._run(ops)
+        return staying
+
+    def _step(
+        self, footprint: ChunkFootprint, update: Update, gradients: dict[int, tuple[int, int]], staying: set[int]
+    ) -> None:
+        """Forward and backward; adds the gradients that are left to ``gradients``."""
+        chunk, runs = footprint.chunk, footprint.runs
+        pieces = chunk.slices
+        programs = self._footprints.programs(footprint.trace)
+        slices = stand_ins(self._footprints.structure, chunk, runs)
         numels = [pieces[ordinals[0]].numel for ordinals in slices]
-        gradients: dict[int, int] = {}
-        accumulates = self._footprints.training.gradient_accumulation_steps > 1
-        if accumulates:
-            gradients = {i: self._malloc(piece.numel * itemsize) for i, piece in enumerate(pieces)}
-        is_in_backward = self._footprints.training.update_in_backward
-        live: dict[int, tuple[int, int]] = {}
-        staying: list[int] = []
-        for segment in compose(footprint.trace, footprint.runs, numels, itemsize, slices):
-            for number, size_bytes, ordinal in segment.events:
-                if size_bytes >= 0:
-                    live[number] = self._malloc(size_bytes), ordinal
-                    continue
-                block, _ = live.pop(number)
-                if is_in_backward and ordinal >= 0:
-                    staying += self._update_slice(pieces[ordinal], update, block)
-                else:
-                    self._allocator.free(block)
-        gradients |= {ordinal: block for block, ordinal in live.values() if ordinal >= 0}
-        buffers = [
-            self._malloc(size_bytes) for size_bytes in self._footprints.buffers(footprint.chunk, self._schedule, update)
-        ]
-        for position, block in sorted(gradients.items()):
-            staying += self._update_slice(pieces[position], update, block)
-        for block in buffers:
-            self._allocator.free(block)
-        for block, ordinal in live.values():
-            if ordinal < 0:
-                self._allocator.free(block)
-        if update.leaves:
-            for block in states:
-                self._allocator.free(block)
-        return staying if update.comes else states
+        copies = Copies.of(runs)
+        came: dict[tuple[int, int], int] = {}
+        in_backward = self._footprints.training.update_in_backward
+        for index, segment in enumerate(footprint.trace.segments):
+            first = base_of(segment.place, copies)
+            num = copies.num[segment.place] if segment.place >= 0 else 1
+            for copy in range(num) if segment.phase == "forward" else reversed(range(num)):
 
-    def _update_slice(self, piece: Slice, update: Update, gradient: int) -> list[int]:
-        """Update the slice and free its gradient; returns the blocks of states that stay on the device."""
+                def updated(ops: Ops, name: int, size_bytes: int, traced: int, copy: int = copy) -> None:
+                    piece = pieces[slices[traced][copy if len(slices[traced]) > 1 else 0]]
+                    staying.update(self._add_update(ops, piece, update, name, size_bytes))
+
+                ops = programs.segment(index, copies, numels, self._itemsize, updated if in_backward else None)
+                self._run(ops, first + copy)
+                for name, traced in ops.gradients:
+                    stood_for = slices[traced]
+                    came[seen_from(name, first + copy)] = stood_for[copy if len(stood_for) > 1 else 0]
+        for pool in self._pools:
+            for name in pool.names():
+                ordinal = came.get(seen_from(name, pool.base), -1)
+                if ordinal >= 0:
+                    gradients[ordinal] = name, pieces[ordinal].numel * self._itemsize
+
+    def _add_update(self, ops: Ops, piece: Slice, update: Update, gradient: int, size_bytes: int) -> set[int]:
+        """The update of a slice, which frees its gradient; returns the names of states that stay on the device."""
         trace = self._footprints.update_trace(piece, self._schedule, update)
-        blocks = {0: gradient}
-        (segment,) = (segment for segment in trace.segments if segment.phase == "optimizer")
-        for event in segment.events:
+        blocks = {0: (gradient, size_bytes)}
+        for event in rule_events(trace):
             if event >= 0:
-                blocks[event] = self._malloc(trace.blocks[event].size_bytes)
+                blocks[event] = self._name(), trace.blocks[event].size_bytes
+                ops.take(*blocks[event])
             else:
-                self._allocator.free(blocks.pop(-1 - event))
-        return list(blocks.values())
+                ops.give(*blocks.pop(-1 - event))
+        return {name for name, _ in blocks.values()}
 
-    def _malloc(self, size_bytes: int) -> int:
-        block = self._next
-        self._allocator.malloc(block, size_bytes)
-        self._next += 1
-        return block
+    def _is_room(self, footprint: ChunkFootprint, update: Update) -> bool:
+        """Is a free extent of each pool so large that the updates of all slices reserve nothing, wherever they lie?
+
+        A slice is updated block by block, and what a block takes is gone with it. Of an extent with room for all that
+        one takes, the end stays free, however the rest is cut; and gradients that are freed make extents only larger.
+        """
+        largest = [pool.largest_free for pool in self._pools]
+        for piece in footprint.chunk.slices:
+            needs = self._footprints.update_needs(piece, self._schedule, update)
+            if needs is None or needs[0] > largest[0] or needs[1] > largest[1]:
+                return False
+        return True
+
+    def _run(self, ops: Ops, base: int | None = None) -> None:
+        for pool, program in zip(self._pools, ops.programs(self._footprints.interned), strict=True):
+            if program is None:
+                continue
+            try:
+                pool.run(program, pool.base if base is None else base)
+            except KeyError as error:
+                raise CompositionError(f"an unknown block is freed at layer {base}") from error
+
+    def _name(self) -> int:
+        self._next_name -= 1
+        return self._next_name

@@ -1,35 +1,28 @@
 """A chunk's visit as a PyTorch memory snapshot, for pytorch.org/memory_viz and torch.cuda._memory_viz. Pure.
 
-The composed events of a whole cycle pass through the simulated caching allocator in the schedule's order, as they do
-for a plan's reserved bytes (:mod:`planner.replay`); here every block also says what it is, and where it came from.
+The events of a whole cycle (:mod:`planner.walk`) pass through the simulated caching allocator in the schedule's order.
 Recorded are the weights, as they were loaded, and the visit of one chunk. Addresses are simulated ones.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from engine.chunks import Slice
 from engine.schedule import Schedule
 from engine.spec import ScheduleSpec
 from planner.allocator import CachingAllocator
-from planner.compose import ComposedSegment, compose
-from planner.footprint import ChunkFootprint, Footprints, Update, place_name, updates_of_visit
+from planner.footprint import ChunkFootprint, Footprints
 from planner.overheads import Overheads
-from planner.segments import CATEGORIES
-from planner.structure import stand_ins
+from planner.walk import Label, Walk
 
 BASE_ADDRESS = 0x7F00_0000_0000
 PICKLE_PROTOCOL = 4
 """The newest that the web page reads."""
 _UNKNOWN = "unknown"
 """What the web page wants among the categories; it stands for ``other``."""
-
-Label = tuple[str, str, str]
-"""(category, place, when): ``("activations", "layer 3", "chunk 0 backward")``."""
 
 
 def snapshot(
@@ -49,7 +42,7 @@ def snapshot(
         chunk_index: the chunk whose visit is recorded.
     """
     recorder = _Recorder()
-    walk = _Walk(recorder, footprints, schedule)
+    walk = Walk(recorder, footprints, schedule)
     walk.load(overheads)
     by_index = {footprint.chunk.index: footprint for footprint in chunks}
     for index in Schedule(len(by_index), schedule.order, 1).cycle_order(0):
@@ -189,94 +182,3 @@ def _frames(label: Label) -> list[dict[str, Any]]:
     """What stands for a stack trace: innermost first. One list per label: the pickle refers to it again."""
     category, place, when = label
     return [{"filename": place, "line": 0, "name": category}, {"filename": "plan", "line": 0, "name": when}]
-
-
-class _Walk:
-    """Feeds the recorder with a cycle."""
-
-    def __init__(self, recorder: _Recorder, footprints: Footprints, schedule: ScheduleSpec) -> None:
-        self._recorder = recorder
-        self._footprints = footprints
-        self._schedule = schedule
-        self._next = 0
-
-    def load(self, overheads: Overheads) -> None:
-        """Weights and buffers, then the libraries' workspaces."""
-        structure = self._footprints.structure
-        for info in structure.parameters:
-            self._take(info.num_bytes, ("weights", info.name, "load"))
-        for _, size_bytes in structure.frozen:
-            self._take(size_bytes, ("weights", "frozen weight", "load"))
-        self._take(structure.buffer_bytes, ("other", "buffers", "load"))
-        if self._schedule.expansion == "factored":
-            for size_bytes in self._footprints.factored_bytes():
-                self._take(size_bytes, ("optimizer_states", "factored moments", "load"))
-        for _ in range(overheads.num_workspaces):
-            self._take(overheads.workspace_bytes, ("workspace", "library workspace", "load"))
-
-    def visit(self, footprint: ChunkFootprint) -> None:
-        """All kinds of update of one visit, one after another."""
-        states: list[int] = []
-        for update in updates_of_visit(self._schedule):
-            states = self._update(footprint, update, states)
-
-    def _update(self, footprint: ChunkFootprint, update: Update, states: list[int]) -> list[int]:
-        training, chunk = self._footprints.training, footprint.chunk
-        itemsize = training.trained_precision.itemsize
-        slices = stand_ins(self._footprints.structure, chunk, footprint.runs)
-        numels = [chunk.slices[ordinals[0]].numel for ordinals in slices]
-        gradients: dict[int, int] = {}
-        if training.gradient_accumulation_steps > 1:
-            label = ("gradients", "earlier micro-batches", f"chunk {chunk.index} accumulation")
-            gradients = {i: self._take(piece.numel * itemsize, label) for i, piece in enumerate(chunk.slices)}
-        live: dict[int, tuple[int, int]] = {}
-        staying: list[int] = []
-        for segment in compose(footprint.trace, footprint.runs, numels, itemsize, slices):
-            labels = _labels(footprint, segment)
-            for number, size_bytes, ordinal in segment.events:
-                if size_bytes >= 0:
-                    live[number] = self._take(size_bytes, next(labels)), ordinal
-                    continue
-                block, _ = live.pop(number)
-                if training.update_in_backward and ordinal >= 0:
-                    staying += self._update_slice(footprint, chunk.slices[ordinal], update, block)
-                else:
-                    self._recorder.give(block)
-        gradients |= {ordinal: block for block, ordinal in live.values() if ordinal >= 0}
-        label = ("optimizer_states", "buffers of passing states", f"chunk {chunk.index} optimizer")
-        buffers = [self._take(size, label) for size in self._footprints.buffers(chunk, self._schedule, update)]
-        for position, block in sorted(gradients.items()):
-            staying += self._update_slice(footprint, chunk.slices[position], update, block)
-        rest = [block for block, ordinal in live.values() if ordinal < 0]
-        for block in [*buffers, *rest, *(states if update.leaves else [])]:
-            self._recorder.give(block)
-        return staying if update.comes else states
-
-    def _update_slice(self, footprint: ChunkFootprint, piece: Slice, update: Update, gradient: int) -> list[int]:
-        """Update the slice and free its gradient; returns the blocks of states that stay on the device."""
-        trace = self._footprints.update_trace(piece, self._schedule, update)
-        name = self._footprints.structure.parameters[piece.index].name
-        blocks = {0: gradient}
-        (segment,) = (segment for segment in trace.segments if segment.phase == "optimizer")
-        for event in segment.events:
-            if event >= 0:
-                block = trace.blocks[event]
-                label = (CATEGORIES[block.category], name, f"chunk {footprint.chunk.index} optimizer")
-                blocks[event] = self._take(block.size_bytes, label)
-            else:
-                self._recorder.give(blocks.pop(-1 - event))
-        return list(blocks.values())
-
-    def _take(self, size_bytes: int, label: Label) -> int:
-        block = self._next
-        self._recorder.take(block, size_bytes, label)
-        self._next += 1
-        return block
-
-
-def _labels(footprint: ChunkFootprint, segment: ComposedSegment) -> Iterator[Label]:
-    """Of the segment's allocations in their order."""
-    place, when = place_name(segment.place), f"chunk {footprint.chunk.index} {segment.phase}"
-    for event in segment.traced.events:
-        if event >= 0:
-            yield CATEGORIES[footprint.trace.blocks[event].category], place, when
