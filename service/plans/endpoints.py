@@ -35,13 +35,12 @@ async def create_plan(
 ) -> Response:
     """Plan a run without running it: 201 with the plan, 200 when the same request was planned before."""
     plans, is_new = services.plans, False
-    use = await run_in_threadpool(plans.find, caller.project, request)  # what is known waits for no turn
-    if use is None:
+    answer = await run_in_threadpool(plans.known_answer, caller.project, request)  # what is known waits for no turn
+    if answer is None:
         async with plan_turn(services, caller):
-            use, is_new = await run_in_threadpool(plans.plan, caller.project, request)
-    row = use.plan
-    headers = {"Location": f"/v1/plans/{row.id}", "ETag": f'"{row.id}"'}
-    return JSONResponse(row.plan, status_code=201 if is_new else 200, headers=headers)
+            answer, is_new = await run_in_threadpool(plans.answer, caller.project, request)
+    headers = {"Location": f"/v1/plans/{answer.plan_id}", "ETag": f'"{answer.plan_id}"'}
+    return Response(answer.body, 201 if is_new else 200, headers, media_type="application/json")
 
 
 @router.get("")

@@ -19,6 +19,7 @@ from service.db import Database, take_in_turn
 from service.db.tables import PlanRow, PlanUseRow
 from service.errors import Conflict, Unprocessable
 from service.operation.metrics import Metrics
+from service.plans.answers import Answer, Answers
 from service.plans.repository import PlanRepository
 from service.plans.schemas import CompareRequest, Comparison, Refusal
 from service.plans.worker import Planner
@@ -38,6 +39,7 @@ class PlanService:
         self._clock = clock
         self._metrics = metrics
         self._paths = Paths(database, settings)
+        self._answers = Answers()
 
     def plan(self, project: str, request: PlanRequest) -> tuple[PlanUseRow, bool]:
         """The plan of a request, and whether it is new to the project.
@@ -57,11 +59,20 @@ class PlanService:
                 stored = self._row(self._planner.plan(request))
         return self._use(project, stored)
 
-    def find(self, project: str, request: PlanRequest) -> PlanUseRow | None:
-        """The plan of a request that the project has made before; raises as :meth:`plan` does. Needs no planner."""
+    def known_answer(self, project: str, request: PlanRequest) -> Answer | None:
+        """The answer to a request that the project has made before; raises as :meth:`plan` does. Needs no planner."""
         plan_id = _content_id(self._checked(project, request))
+        answer = self._answers.find(project, plan_id)
+        if answer is not None:
+            return answer
         with self._database.read() as session:
-            return PlanRepository(session).find_use(plan_id, project)
+            use = PlanRepository(session).find_use(plan_id, project)
+        return None if use is None else self._answers.keep(project, Answer.of(use))
+
+    def answer(self, project: str, request: PlanRequest) -> tuple[Answer, bool]:
+        """The answer to any request, and whether the plan is new to the project; raises as :meth:`plan` does."""
+        use, is_new = self.plan(project, request)
+        return self._answers.keep(project, Answer.of(use)), is_new
 
     def _use(self, project: str, row: PlanRow) -> tuple[PlanUseRow, bool]:
         """Stores that a project has asked for a plan, and the plan if nobody else had."""

@@ -1,7 +1,11 @@
 """Plans over HTTP: computed by the real planner, stored once, never changed."""
 
 import pytest
+from sqlalchemy import event
+from starlette.testclient import TestClient
 
+from service.app import create_app
+from service.plans.answers import Answer, Answers
 from tests.conftest import TINY_MODEL
 
 REQUEST = {"model": TINY_MODEL, "gpu": "rtx-4090", "training": {"seq_len": 128, "schedule": {"num_chunks": 8}}}
@@ -21,6 +25,35 @@ def test_a_plan_is_201_when_new_and_200_when_known(client):
     assert again.json() == plan
     assert client.get(f"/v1/plans/{plan['id']}").json() == plan
     assert [row["id"] for row in client.get("/v1/plans").json()["data"]] == [plan["id"]]
+
+
+def test_what_was_answered_is_answered_again_without_the_database(client, services, settings, planner_process, clock):
+    """Hundreds of requests at once are answered one after another: each must be cheap."""
+    first = client.post("/v1/plans", json=REQUEST)
+    asked = []
+    event.listen(services.database.engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    again = client.post("/v1/plans", json=REQUEST)
+    assert [text for text in asked if "plan" in text] == []
+    other = create_app(settings, planner=planner_process, clock=clock)
+    elsewhere = TestClient(other, "http://localhost")  # has to look it up
+    answers = [again, elsewhere.post("/v1/plans", json=REQUEST), elsewhere.post("/v1/plans", json=REQUEST)]
+    other.state.services.database.dispose()
+    for answer in answers:
+        assert (answer.status_code, answer.content) == (200, first.content)
+        assert answer.headers["content-type"] == first.headers["content-type"] == "application/json"
+        assert answer.headers["etag"] == first.headers["etag"]
+
+
+def test_answers_are_kept_by_project_and_not_for_ever():
+    answers = Answers(max_bytes=1000)
+    for number in range(4):
+        answers.keep("ours", Answer(f"plan_{number}", bytes(300)))
+        assert answers.find("ours", "plan_0"), "what is asked for stays"
+    assert answers.find("ours", "plan_1") is None
+    assert answers.find("ours", "plan_3") is not None
+    assert answers.find("theirs", "plan_3") is None
+    answers.keep("ours", Answer("plan_large", bytes(2000)))
+    assert answers.find("ours", "plan_large") is None, "larger than everything that may be kept"
 
 
 def test_a_plan_has_its_id_as_etag(client):
