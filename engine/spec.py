@@ -6,20 +6,30 @@ Imports no torch: servers and cached plans load this module.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema
 
 from engine.errors import InputError
 
 
 class SpecModel(BaseModel):
-    """Base of every request model: unknown fields are errors, instances are immutable."""
+    """Base of every request model: unknown fields and values of another type are errors, instances are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
-class Order(StrEnum):
+class Choice(StrEnum):
+    """Base of what a request chooses from, by name."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Choice], handler: GetCoreSchemaHandler) -> CoreSchema:
+        names_come_as_plain_strings = {"strict": False}
+        return cast(CoreSchema, {**handler(source), **names_come_as_plain_strings})
+
+
+class Order(Choice):
     """In which order a cycle visits the chunks; chunk 0 is the start of the stream (the embedding)."""
 
     DESCENDING = "descending"
@@ -27,7 +37,7 @@ class Order(StrEnum):
     RANDOM = "random"
 
 
-class Precision(StrEnum):
+class Precision(Choice):
     """Data type of the weights and of the computation."""
 
     BF16 = "bf16"
@@ -40,7 +50,7 @@ class Precision(StrEnum):
         return 4 if self is Precision.FP32 else 2
 
 
-class Optimizer(StrEnum):
+class Optimizer(Choice):
     """Which rule updates the active chunk."""
 
     ADAMW = "adamw"
@@ -53,7 +63,7 @@ class Optimizer(StrEnum):
     RMSPROP = "rmsprop"
 
 
-class StateDtype(StrEnum):
+class StateDtype(Choice):
     """How optimizer states are stored; they are computed in fp32."""
 
     FP32 = "fp32"
@@ -62,7 +72,7 @@ class StateDtype(StrEnum):
     """8-bit codes, and an fp32 scale per 256 of them."""
 
 
-class Master(StrEnum):
+class Master(Choice):
     """What keeps the precision that bf16 weights lack."""
 
     NONE = "none"
@@ -115,7 +125,7 @@ class TrainingSpec(SpecModel):
     seq_len: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    packing: StrictBool = False
+    packing: bool = False
     """Short rows share a sequence of ``seq_len`` tokens without seeing each other."""
     precision: Precision = Precision.BF16
     """Of the weights, and of the computation where ``autocast`` does not say otherwise. fp16 scales the loss."""
@@ -129,7 +139,7 @@ class TrainingSpec(SpecModel):
     schedule: Literal["auto"] | ScheduleSpec = Field(default_factory=ScheduleSpec)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
-    update_in_backward: StrictBool = False
+    update_in_backward: bool = False
     """Update each slice as soon as its gradient is complete, and free it: a chunk's gradients never exist together."""
     lora: LoraSpec | None = None
     """Of method ``lora``, which takes the defaults where nothing is given."""
@@ -330,7 +340,7 @@ class OutputSpec(SpecModel):
     """Folder name of the exported model; default: base, size, method, data and the next free number."""
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,47}$")] | None = None
     """Stands in the default name instead of the data's."""
-    merge: StrictBool = False
+    merge: bool = False
     """With method ``lora``: export the model with the adapters added to its weights, not the adapters."""
 
     @model_validator(mode="after")
@@ -384,7 +394,7 @@ class RunSpec(SpecModel):
     """Evaluated on instead of held-out rows."""
     training: JobTraining
     output_name: str
-    merge: StrictBool = False
+    merge: bool = False
     predicted_peak_bytes: int | None = None
     """Allocated bytes at the peak as planned; for the model card."""
     device: str = "cpu"
