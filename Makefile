@@ -54,5 +54,4 @@ audit: $(STAMP)
 	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 contract: $(STAMP)
-	@test -x $(VENV)/contract/bin/st || { $(PYTHON) -m venv $(VENV)/contract && $(VENV)/contract/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt schemathesis==4.32.5; }
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contract --tool $(VENV)/contract/bin/st
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contract

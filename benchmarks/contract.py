@@ -26,19 +26,24 @@ MODEL = "smollm2-135m-instruct"
 def main() -> int:
     """Both runs; 1 if anything was found."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tool", default="st", help="schemathesis's command")
     parser.add_argument("--examples", type=int, default=40, help="per operation, besides those of the coverage phase")
-    parser.add_argument("--seconds", type=int, default=1800, help="for each run")
     arguments = parser.parse_args()
+    options = ["--phases", "examples,coverage,fuzzing", "--max-examples", str(arguments.examples)]
     with tempfile.TemporaryDirectory() as folder:
-        runs = _runs(Path(folder), arguments)
+        runs = check(Path(folder), options)
     print(json.dumps(runs, indent=1))
     if all(run["cases"] for run in runs.values()):
         RESULT.write_text(json.dumps(runs, indent=1) + "\n")
     return 0 if all(run["exit_code"] == 0 for run in runs.values()) else 1
 
 
-def _runs(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def check(folder: Path, options: list[str]) -> dict[str, Any]:
+    """What schemathesis found about a live server, with a key and without.
+
+    Args:
+        folder: empty, for the server's data.
+        options: of ``st run``: how much to try.
+    """
     write_tiny_model(folder / "models" / MODEL)
     write_chats(folder / "data.jsonl", num_rows=16)
     environment = {
@@ -63,7 +68,7 @@ def _runs(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         config = folder / "schemathesis.toml"
         config.write_text(_config(_one_of_everything(server, folder / "data.jsonl")))
         header = ["--header", f"Authorization: Bearer {key}"]
-        return {name: _run(server, config, given, arguments) for name, given in (("key", header), ("no key", []))}
+        return {name: _run(server, config, [*given, *options]) for name, given in (("key", header), ("no key", []))}
     finally:
         server.close()
 
@@ -97,12 +102,13 @@ def _config(parameters: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(server: LiveServer, config: Path, given: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [arguments.tool, "--config-file", str(config), "run", f"{server.http.base_url}/openapi.json", *given]
-    command += ["--checks", "all", "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-color"]
-    command += ["--max-examples", str(arguments.examples), "--request-timeout", "150", "--suppress-health-check", "all"]
+def _run(server: LiveServer, config: Path, options: list[str]) -> dict[str, Any]:
+    tool = Path(sys.executable).with_name("st")
+    command = [str(tool), "--config-file", str(config), "run", f"{server.http.base_url}/openapi.json", *options]
+    command += ["--checks", "all", "--continue-on-failure", "--no-color"]
+    command += ["--request-timeout", "150", "--suppress-health-check", "all"]
     begin = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.seconds, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     cases = re.search(r"(\d+) generated", done.stdout)
     return {
