@@ -42,6 +42,7 @@ from service.db.tables import (
 )
 from service.ids import new_id
 from service.jobs.states import JobState, Reason
+from service.jobs.turn import turn_at
 from service.logs import configure_logging
 from service.operation.retention import Retention
 from service.plans.worker import PlannerProcess
@@ -106,7 +107,8 @@ def _rows(generator: random.Random, num_jobs: int, num_steps: int) -> dict[Any, 
         ended = state.is_final
         job = {"id": new_id("job", created), "project": generator.choices(PROJECTS, (7, 1, 1, 1))[0], "name": "bench"}
         job |= {"state": state, "reason": Reason.COMPLETED, "model": plan["model"], "gpu": plan["gpu"]}
-        job |= {"device_kind": "cuda", "priority": number % 5, "plan_id": plan["id"], "created_at": created}
+        job |= {"device": "cuda", "priority": number % 5, "plan_id": plan["id"], "created_at": created}
+        job |= {"turn_at": turn_at(created, number % 5, 3600.0), "upper_bytes": plan["upper_bytes"]}
         job |= {"request": {"note": "x" * 1000}, "run_spec": RUN_SPEC, "num_attempts": 1, "last_event": 1}
         job |= {"step": num_steps, "num_failures": 0, "not_before": created, "started_at": created}
         job |= {"finished_at": created + timedelta(minutes=30) if ended else None, "coverage": None}
@@ -114,6 +116,7 @@ def _rows(generator: random.Random, num_jobs: int, num_steps: int) -> dict[Any, 
         if state is JobState.QUEUED:
             continue
         attempt = {"id": new_id("att", created), "job_id": job["id"], "number": 1, "token": "0", "owner": "bench"}
+        attempt |= {"host": "bench", "upper_bytes": plan["upper_bytes"]}
         attempt |= {"device": "cuda:0", "lease_expires_at": END, "events_offset": 0, "created_at": created}
         attempts.append(attempt | {"ended_at": job["finished_at"]})
         seconds = 0.5 * num_steps

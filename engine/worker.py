@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -17,8 +16,9 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
+from engine.device_lock import Share, lock_device
 from engine.errors import InputError
 from engine.heap import run_with_steady_heap
 from engine.spec import RunSpec, parse
@@ -66,18 +66,6 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def lock_device(path: Path) -> IO[str] | None:
-    """Hold the device's lock for as long as the returned file is open; None when somebody else has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
 def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Callable[[], bool]) -> int:
     """Train; turn what can go wrong into one ``failed`` event. Returns the exit code."""
     try:
@@ -122,7 +110,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.worker", description="Run one training attempt.")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
     parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")
-    parser.add_argument("--lock-file", type=Path, help="exclusive lock of the device")
+    parser.add_argument("--lock-file", type=Path, help="lock of the device; exclusive without --share")
+    parser.add_argument(
+        "--share",
+        type=int,
+        nargs=3,
+        metavar=("BYTES", "DEVICE_BYTES", "MAX_HOLDERS"),
+        help="take this much of the device, where all trainers together may take so much, and be so many",
+    )
     parser.add_argument("--wait", action="store_true", help="begin when a line comes on standard input; or leave")
     parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="process that must outlive the attempt")
     arguments = parser.parse_args()
@@ -132,7 +127,8 @@ def main() -> int:
     die_with_parent(arguments.parent_pid)
     if arguments.wait and not sys.stdin.readline():
         return EXIT_STOPPED  # whoever started it died before it had written that down
-    lock = lock_device(arguments.lock_file) if arguments.lock_file else None
+    share = Share(*arguments.share) if arguments.share else None
+    lock = lock_device(arguments.lock_file, share) if arguments.lock_file else None
     if arguments.lock_file and lock is None:
         print("the device is in use by another trainer", file=sys.stderr)
         return EXIT_DEVICE_BUSY

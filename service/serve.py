@@ -75,6 +75,9 @@ def main() -> int:
     except OpenDoor as error:
         print(f"CHUNKPLAN_HOST: {error}", file=sys.stderr)
         return 2
+    except InputError as error:  # what only this machine can tell: a declared device that is not here
+        print(f"CHUNKPLAN_{error.field.upper()}: {error.message}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -63,7 +63,7 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
     metrics = Metrics(database, clock)
     plans = PlanService(database, planner or own_planner, settings, clock, metrics)
     files = FileService(database, settings, clock)
-    devices = local_devices()
+    devices = local_devices(settings.devices, settings.max_jobs_per_device)
     supervisor = Supervisor(
         database, LocalExecution(settings.locks_dir), devices, settings, clock, ProcessIdentity.current(), metrics
     )

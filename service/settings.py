@@ -55,6 +55,21 @@ class Quota(BaseModel):
     """Of one key, at once."""
 
 
+class DeviceSetting(BaseModel):
+    """One device that jobs may run on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^(cpu(:\d{1,4})?|cuda:\d{1,4})$")]
+    """``cuda:N`` by the number that the driver's tool shows, ``cpu``, or ``cpu:N`` for a part of the processor."""
+    gpu: str | None = None
+    """A name in the catalog, where the driver does not tell what it is."""
+    memory_bytes: Positive | None = None
+    """Use at most this much of it."""
+    max_jobs: Positive | None = None
+    """Of this device, instead of ``max_jobs_per_device``."""
+
+
 class Settings(BaseSettings):
     """Settings of one server process."""
 
@@ -112,6 +127,13 @@ class Settings(BaseSettings):
     refusals_burst: Positive = 100
     """The same, at once."""
 
+    devices: list[DeviceSetting] = []
+    """What jobs may run on; by default every accelerator that the driver shows, and the processor."""
+    max_jobs_per_device: Positive = 1
+    """How many jobs may share a device, as far as their plans' upper bounds fit together. Sharing slows them."""
+    priority_point_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
+    """For which a job must have waited longer to come before one whose priority is a point higher."""
+
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """Failed attempts in a row, none of which got past the checkpoint it started from, that end a job."""
     lease_seconds: Seconds = 30.0
@@ -136,6 +158,16 @@ class Settings(BaseSettings):
         if not url.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")):
             raise ValueError("should be sqlite:///PATH or postgresql://USER@HOST/NAME")
         return url
+
+    @field_validator("devices")
+    @classmethod
+    def _no_device_twice(cls, devices: list[DeviceSetting]) -> list[DeviceSetting]:
+        names = [device.name for device in devices]
+        if len(set(names)) < len(names):
+            raise ValueError("every device should be named once")
+        if "cpu" in names and any(name.startswith("cpu:") for name in names):
+            raise ValueError("name the processor as a whole, or its parts cpu:0, cpu:1, …, not both")
+        return devices
 
     @field_validator("project_quotas", mode="before")
     @classmethod

@@ -21,7 +21,10 @@ def as_toml(settings: Settings) -> str:
     """Every setting, as it is in force."""
     lines, tables = _lines(shown(settings))
     for name, table in tables.items():
-        if name == "project_quotas":
+        if isinstance(table, list):
+            for element in table:
+                lines += ["", f"[[{name}]]", *_lines(element)[0]]
+        elif name == "project_quotas":
             for project, quota in table.items():
                 lines += ["", f"[project_quotas.{_text(project)}]", *_lines(quota)[0]]
         else:
@@ -29,11 +32,15 @@ def as_toml(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(values: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """``name = value`` of all but tables, and the tables."""
-    plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
-    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+def _lines(values: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """``name = value`` of all but tables and lists of tables, and those; what is None is left out."""
+    tables = {name: value for name, value in values.items() if _is_table(value)}
+    plain = {name: value for name, value in values.items() if name not in tables and value is not None}
     return [f"{name} = {_text(value)}" for name, value in plain.items()], tables
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -44,26 +45,33 @@ def find_gpu(ref: str | GpuSpec) -> GpuSpec:
 
 
 def detect_gpu() -> GpuSpec:
-    """The first CUDA device that this process may use, as the driver describes it; ``cpu`` when there is none.
+    """The first device of :func:`detect_gpus`; ``cpu`` when there is none. Raises as that does."""
+    return next(iter(detect_gpus()), None) or host_as_gpu()
+
+
+def detect_gpus() -> list[GpuSpec]:
+    """The CUDA devices that this process may use, as the driver describes them, in the order of their numbers.
 
     Rates come from the catalog, memory from the driver. A device that the catalog lacks gets modest default rates.
 
     Raises:
         InputError: the process sees a slice of a GPU (MIG), whose memory the driver's tool does not list.
     """
-    for name, memory_bytes, compute_capability in _driver_devices():
-        spec = _match(name, memory_bytes)
-        if spec is not None:
-            return spec.model_copy(
-                update={"memory_bytes": memory_bytes, "source": f"{spec.source}; memory from this machine's driver"}
-            )
-        return GpuSpec(
-            name=name,
-            memory_bytes=memory_bytes,
-            compute_capability=compute_capability,
-            source="this machine's driver; rates are modest defaults",
+    return [_described(*device) for device in _driver_devices()]
+
+
+def _described(name: str, memory_bytes: int, compute_capability: str) -> GpuSpec:
+    spec = _match(name, memory_bytes)
+    if spec is not None:
+        return spec.model_copy(
+            update={"memory_bytes": memory_bytes, "source": f"{spec.source}; memory from this machine's driver"}
         )
-    return host_as_gpu()
+    return GpuSpec(
+        name=name,
+        memory_bytes=memory_bytes,
+        compute_capability=compute_capability,
+        source="this machine's driver; rates are modest defaults",
+    )
 
 
 @cache
@@ -126,7 +134,7 @@ def _match(name: str, memory_bytes: int) -> GpuSpec | None:
     return None
 
 
-def _driver_devices() -> list[tuple[str, int, str | None]]:
+def _driver_devices() -> list[tuple[str, int, str]]:
     """(name, memory bytes, compute capability) of the devices that nvidia-smi lists and this process may see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.startswith("MIG"):
@@ -134,12 +142,26 @@ def _driver_devices() -> list[tuple[str, int, str | None]]:
     tool = shutil.which("nvidia-smi")
     if tool is None or (visible is not None and visible.strip() in {"", "-1", "NoDevFiles"}):
         return []
-    command = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    if visible is not None:
-        command.append(f"--id={visible.split(',')[0].strip()}")
+    command = [tool, "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
-    return [(row[0], int(row[1]) * MIB, row[2]) for row in rows if len(row) == 3 and row[1].isdigit()]
+    rows = [row for row in rows if len(row) == 5 and row[3].isdigit()]
+    if visible is not None:
+        rows = list(_visible(rows, visible.split(",")))
+    return [(row[2], int(row[3]) * MIB, row[4]) for row in rows]
+
+
+def _visible(rows: list[list[str]], names: list[str]) -> Iterator[list[str]]:
+    """The rows that CUDA_VISIBLE_DEVICES names, by number or by the start of the UUID, up to the first unknown one."""
+    for name in map(str.strip, names):
+        found = next((row for row in rows if name == row[0] or _begins(row[1], name)), None)
+        if found is None:
+            return
+        yield found
+
+
+def _begins(uuid: str, name: str) -> bool:
+    return name.startswith("GPU-") and uuid.startswith(name)

@@ -10,10 +10,10 @@ import planner
 from engine.data import check_dataset
 from engine.errors import InputError
 from engine.spec import DatasetSpec, JobRequest, ModelPath, RunSpec, TrainingSpec, parse
-from planner.catalog import find_gpu, find_model
-from planner.spec import GpuSpec, Plan, PlanRequest
+from planner.catalog import find_model
+from planner.spec import Plan, PlanRequest
 from service.cli.server import settings_with
-from service.execution.devices import Device, local_devices
+from service.execution.devices import choose, local_devices
 from service.execution.protocol import Launch
 from service.jobs.admission import resolved_training
 from service.jobs.run_spec import run_spec
@@ -59,10 +59,18 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
     """
     settings = settings_with(data_dir=data_dir)
     model_folder = _model_folder(request, settings)
-    gpu, device = _device(request)
+    choice = choose(local_devices(settings.devices), request.gpu)
+    device = choice.device
     dataset, validation = _datasets(request.dataset)
     training = parse(TrainingSpec, request.training.model_dump(include=set(TrainingSpec.model_fields)))
-    plan = planner.plan(PlanRequest(model=ModelPath(path=str(model_folder)), gpu=gpu, training=training))
+    plan = planner.plan(
+        PlanRequest(
+            model=ModelPath(path=str(model_folder)),
+            gpu=choice.gpu,
+            memory_limit_bytes=device.limit_bytes,
+            training=training,
+        )
+    )
     folder = (run_dir or settings.data_dir / "runs" / request.name).absolute()
     spec = run_spec(
         request,
@@ -74,7 +82,7 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
         dataset_name=dataset.name,
         validation_path=validation,
         taken=lambda prefix: _output_names(folder),
-        device=device.name,
+        device=device.engine_name,
     )
     if request.output.name is None and (begun := _output_name(folder)) is not None:
         spec = spec.model_copy(update={"output_name": begun})
@@ -93,25 +101,6 @@ def _model_folder(request: JobRequest, settings: Settings) -> Path:
     if not (folder / "config.json").is_file():
         raise InputError("model", f"the weights of {name!r} are not in {folder}: put them there, or give a path")
     return folder
-
-
-def _device(request: JobRequest) -> tuple[GpuSpec, Device]:
-    """What is planned for, and what runs it."""
-    devices = local_devices()
-    if request.gpu is None:
-        return devices[0].gpu, devices[0]
-    gpu = find_gpu(request.gpu) if isinstance(request.gpu, str) else _inline_gpu(request.gpu)
-    device = next((device for device in devices if device.kind == gpu.kind), None)
-    if device is None:
-        raise InputError("gpu", f"there is no device here to run {gpu.name!r} on; there is: {devices[0].gpu.name}")
-    return gpu, device
-
-
-def _inline_gpu(given: dict[str, object]) -> GpuSpec:
-    try:
-        return parse(GpuSpec, given)
-    except InputError as error:
-        raise InputError(f"gpu.{error.field}", error.message) from error
 
 
 def _datasets(given: DatasetSpec) -> tuple[Path, Path | None]:

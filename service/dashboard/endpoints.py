@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import timedelta
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from planner.residuals import STEP
 from service.dashboard.repository import DashboardRepository
 from service.dashboard.schemas import AccuracyRow, DeviceView, Dimension, Summary, UsageRow
 from service.dependencies import DashboardSession, ServicesDep
+from service.execution.devices import Device
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobView
 from service.jobs.states import JobState
@@ -77,20 +78,29 @@ def usage(session: DashboardSession, services: ServicesDep, days: Days = 30) -> 
 
 
 def _devices(services: ServicesDep, jobs: JobRepository) -> list[DeviceView]:
+    supervisor = services.supervisor
     with services.database.read() as everything:
         board = DashboardRepository(everything)
-        planned = board.planned_by_device(services.supervisor.owner)
-        measured = {job_id: board.newest_measured_bytes(job_id) for job_id, _ in planned.values()}
-    visible = jobs.states([job_id for job_id, _ in planned.values()])
-    return [
-        DeviceView(
-            name=device.name,
-            gpu=device.gpu.name,
-            memory_bytes=device.memory_bytes,
-            planned_bytes=planned_bytes,
-            measured_bytes=measured[job_id] if job_id else None,
-            job_id=job_id if job_id in visible else None,
-        )
-        for device in services.supervisor.devices
-        for job_id, planned_bytes in [planned.get(device.name, (None, 0))]
-    ]
+        running = board.running_by_device(supervisor.host)
+        there = [job_id for found in running.values() for job_id, _ in found]
+        measured = {job_id: board.newest_measured_bytes(job_id) for job_id in there}
+    visible = jobs.states(there)
+    return [_device(device, running.get(device.name, []), measured, visible) for device in supervisor.devices]
+
+
+def _device(
+    device: Device, running: list[tuple[str, int]], measured: Mapping[str, int | None], visible: Container[str]
+) -> DeviceView:
+    known = [size for job_id, _ in running if (size := measured[job_id]) is not None]
+    job_ids = [job_id for job_id, _ in running if job_id in visible]
+    return DeviceView(
+        name=device.name,
+        gpu=device.gpu.name,
+        memory_bytes=device.memory_bytes,
+        max_jobs=device.max_jobs,
+        num_jobs=len(running),
+        planned_bytes=sum(upper_bytes for _, upper_bytes in running),
+        measured_bytes=sum(known) if known else None,
+        job_id=job_ids[0] if job_ids else None,
+        job_ids=job_ids,
+    )

@@ -18,7 +18,6 @@ from service.db.tables import (
     JobDayRow,
     JobRow,
     MetricRow,
-    PlanRow,
     PlanUseRow,
     ProfilePhaseRow,
     ProfileRow,
@@ -45,15 +44,17 @@ class DashboardRepository:
         """How many profiles are stored."""
         return self._session.scalar(select(func.count()).select_from(ProfileRow)) or 0
 
-    def planned_by_device(self, owner: str) -> dict[str, tuple[str, int]]:
-        """(job id, plan's upper bound) by the device that a server's running attempts hold."""
+    def running_by_device(self, host: str) -> dict[str, list[tuple[str, int]]]:
+        """(job id, upper bound) of the attempts that hold a host's devices, by device, the oldest first."""
         statement = (
-            select(AttemptRow.device, AttemptRow.job_id, PlanRow.upper_bytes)
-            .join(JobRow, JobRow.id == AttemptRow.job_id)
-            .join(PlanRow, PlanRow.id == JobRow.plan_id)
-            .where(AttemptRow.ended_at.is_(None), AttemptRow.owner == owner)
+            select(AttemptRow.device, AttemptRow.job_id, AttemptRow.upper_bytes)
+            .where(AttemptRow.ended_at.is_(None), AttemptRow.host == host)
+            .order_by(AttemptRow.created_at, AttemptRow.id)
         )
-        return {device: (job_id, upper) for device, job_id, upper in self._session.execute(statement)}
+        found: dict[str, list[tuple[str, int]]] = {}
+        for device, job_id, upper_bytes in self._session.execute(statement):
+            found.setdefault(device, []).append((job_id, upper_bytes))
+        return found
 
     def newest_measured_bytes(self, job_id: str) -> int | None:
         """The highest allocation of a job's newest measured step."""
@@ -67,7 +68,7 @@ class DashboardRepository:
 
     def queue(self, limit: int) -> list[JobRow]:
         """The queued jobs whose turn comes first."""
-        turn = (JobRow.priority.desc(), JobRow.created_at, JobRow.id)
+        turn = (JobRow.turn_at, JobRow.id)
         return self._jobs(select(JobRow.id).where(JobRow.state == JobState.QUEUED).order_by(*turn).limit(limit))
 
     def recent(self, limit: int) -> list[JobRow]:

@@ -19,10 +19,18 @@ class DeviceView(BaseModel):
     name: str
     gpu: str
     memory_bytes: int
+    """What jobs together may use of it."""
+    max_jobs: int
+    num_jobs: int
+    """How many run there, other projects' among them."""
     planned_bytes: int
+    """Upper bounds of what runs there, together."""
     measured_bytes: int | None
-    """The highest allocation of the newest step of what runs there."""
+    """The highest allocations of the newest steps of what runs there, together."""
     job_id: str | None
+    """The oldest of the next ones."""
+    job_ids: list[str]
+    """The project's own that run there."""
 
 
 class Summary(BaseModel):

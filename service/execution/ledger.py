@@ -9,12 +9,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from service.clock import Clock
-from service.db import Database
-from service.db.tables import AttemptRow, JobRow, PlanRow, ProfileRow
+from service.db import Database, take_in_turn
+from service.db.tables import AttemptRow, JobRow, ProfileRow
 from service.execution.devices import Device
+from service.execution.identity import ProcessIdentity
 from service.execution.ingest import Ingestion
 from service.execution.messages import Batch
 from service.execution.outcome import Ended, Outcome, decide
+from service.execution.placement import Place
 from service.execution.repository import AttemptRepository
 from service.execution.usage import UsageBook
 from service.ids import new_id
@@ -22,6 +24,7 @@ from service.jobs.admission import shortfall_bytes
 from service.jobs.repository import JobRepository
 from service.jobs.states import JobState, Reason
 from service.jobs.transitions import transition
+from service.jobs.turn import turn_at
 from service.profiles.service import add_profile
 from service.settings import Settings
 
@@ -71,26 +74,42 @@ class Ledger:
         self._settings = settings
         self._clock = clock
         self._owner = owner
+        self._host = ProcessIdentity.parse(owner).host
 
-    def claim(self, device: Device) -> Claimed | None:
-        """Gives the job whose turn it is to a free device; a job that can never fit there is rejected."""
+    def order_queue(self) -> None:
+        """Puts jobs where the settings want them: what a point of priority is worth may have changed."""
+        with self._database.write() as session:
+            for job in JobRepository(session).unfinished_with_priority():
+                job.turn_at = turn_at(job.created_at, job.priority, self._settings.priority_point_seconds)
+
+    def claim(self, device: Device, devices: Sequence[Device] = ()) -> Claimed | None:
+        """Gives the job whose turn it is to a device that has room for it; what can never fit is rejected.
+
+        Room is counted and taken in one unit of work, in which no other supervisor of this host gets to do the same.
+
+        Args:
+            device: one of this host.
+            devices: all of this host, for a job may wait for another one.
+        """
         now = self._clock.now()
         with self._database.write() as session:
-            delay = timedelta(seconds=self._settings.retry_delay_seconds)
-            job = JobRepository(session).next_queued(device.kind, now, delay)
+            take_in_turn(session, f"devices of {self._host}")
+            jobs, attempts = JobRepository(session), AttemptRepository(session)
+            place = Place(device, devices or [device], attempts.loads(self._host))
+            waiting = place.next_job(jobs, now, timedelta(seconds=self._settings.retry_delay_seconds))
+            job = None if waiting is None else jobs.take_queued(waiting.id)
             if job is None:
                 return None
-            plan = session.get_one(PlanRow, job.plan_id)
-            missing = shortfall_bytes(plan.upper_bytes, device.memory_bytes)
+            missing = shortfall_bytes(job.upper_bytes, device.memory_bytes)
             if missing > 0:
-                detail = f"the plan needs up to {plan.upper_bytes} bytes, {missing} more than {device.name} has"
+                detail = f"the plan needs up to {job.upper_bytes} bytes, {missing} more than {device.name} has"
                 transition(session, job, JobState.REJECTED, Reason.DOES_NOT_FIT, now=now, detail=detail)
                 return None
             job.num_attempts += 1
             attempt = self._attempt(job, device, now)
-            AttemptRepository(session).add(attempt)
+            attempts.add(attempt)
             transition(session, job, JobState.STARTING, Reason.ADMITTED, now=now, attempt_id=attempt.id)
-            return Claimed(Handle.of(attempt), job.run_spec | {"device": device.name}, plan.upper_bytes)
+            return Claimed(Handle.of(attempt), job.run_spec | {"device": device.engine_name}, job.upper_bytes)
 
     def record_process(self, handle: Handle, process: str) -> None:
         """Remembers which process runs an attempt.
@@ -179,7 +198,9 @@ class Ledger:
             number=job.num_attempts,
             token=secrets.token_hex(16),
             owner=self._owner,
+            host=self._host,
             device=device.name,
+            upper_bytes=job.upper_bytes,
             lease_expires_at=self._lease(),
             events_offset=0,
             created_at=now,

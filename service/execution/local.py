@@ -43,6 +43,9 @@ class LocalExecution:
         command = [sys.executable, "-P", "-m", "engine.worker", "--run-dir", str(launch.run_dir)]
         command += ["--attempt", str(launch.number), "--lock-file", str(lock_file)]
         command += ["--parent-pid", str(os.getpid()), "--wait"]
+        if launch.share is not None:
+            share = launch.share
+            command += ["--share", str(share.num_bytes), str(share.device_bytes), str(share.max_holders)]
         with (attempt_dir / "log.txt").open("ab") as log_file:
             process = subprocess.Popen(
                 command,
@@ -92,4 +95,6 @@ def _environment() -> dict[str, str]:
     }
     root = str(Path(engine.__file__).resolve().parents[1])
     paths = [root, *filter(None, [kept.get("PYTHONPATH")])]
-    return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # CUDA numbers devices by speed unless told otherwise; the driver's tool, which names ours, by their place.
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return order | kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

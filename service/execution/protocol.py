@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from engine.device_lock import Share
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -15,6 +17,8 @@ class Launch:
     run_dir: Path
     number: int
     device: str
+    share: Share | None = None
+    """How much of the device it takes, where others may run beside it; None: all of it."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, select, update
+from sqlalchemy import CursorResult, func, select, update
 from sqlalchemy.orm import Session
 
 from service.db.tables import ArtifactRow, AttemptRow, MetricRow
+from service.execution.placement import Load
 
 
 class AttemptRepository:
@@ -53,6 +54,15 @@ class AttemptRepository:
     def open(self) -> list[AttemptRow]:
         """Attempts that have not ended, as far as the database knows."""
         return list(self._session.scalars(select(AttemptRow).where(AttemptRow.ended_at.is_(None))))
+
+    def loads(self, host: str) -> dict[str, Load]:
+        """What attempts that have not ended take of a host's devices, whoever looks after them."""
+        statement = (
+            select(AttemptRow.device, func.count(), func.sum(AttemptRow.upper_bytes))
+            .where(AttemptRow.ended_at.is_(None), AttemptRow.host == host)
+            .group_by(AttemptRow.device)
+        )
+        return {device: Load(count, int(total)) for device, count, total in self._session.execute(statement)}
 
     def supersede_metrics(self, job_id: str, attempt_id: str, resumed_step: int) -> None:
         """Takes what earlier attempts did after a step out of the loss curve: it is done again."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import structlog
 
+from engine.device_lock import Share
 from planner.residuals import STEP
 from service.clock import Clock
 from service.db import Database
@@ -40,6 +41,10 @@ class Following:
     process: str
     lease_until: float
     """By `Clock.elapsed`, as `kill_at`."""
+    upper_bytes: int
+    """What it may take of its device."""
+    measured_bytes: int = 0
+    """Its highest allocation in its newest step."""
     offset: int = 0
     has_begun: bool = False
     """Set when its process is on record."""
@@ -61,7 +66,7 @@ class Supervisor:
         metrics: Metrics,
     ) -> None:
         self.devices = devices
-        self.owner = str(identity)
+        self.owner, self.host = str(identity), identity.host
         self._ledger = Ledger(database, settings, clock, self.owner)
         self._execution = execution
         self._recovery = Recovery(self._ledger, settings, clock, self.owner)
@@ -72,6 +77,7 @@ class Supervisor:
         self._recover_at = clock.elapsed()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._is_queue_ordered = False
 
     def start(self) -> None:
         """Starts the thread. Attempts are started from it and nowhere else: they die with it."""
@@ -116,6 +122,9 @@ class Supervisor:
         self._renew()
         if self._stopping.is_set():
             return
+        if not self._is_queue_ordered:
+            self._ledger.order_queue()
+            self._is_queue_ordered = True
         now = self._clock.elapsed()
         if now >= self._recover_at:
             self._recover_at = now + self._settings.poll_seconds * 4
@@ -149,8 +158,8 @@ class Supervisor:
             following.offset = batch.next_offset
             steps = [message for message in batch.messages if isinstance(message, Step)]
             if steps and steps[-1].samples:
-                measured = max(sample.allocated_bytes for sample in steps[-1].samples)
-                self._metrics.measured_bytes.labels(following.handle.device).set(measured)
+                following.measured_bytes = max(sample.allocated_bytes for sample in steps[-1].samples)
+                self._count(following.handle.device)
 
     def _bury(self, following: Following, exit_code: int) -> None:
         handle = following.handle
@@ -170,8 +179,13 @@ class Supervisor:
     def _forget(self, following: Following) -> None:
         self._execution.forget(following.handle.attempt_id)
         del self._following[following.handle.attempt_id]
-        self._metrics.planned_bytes.labels(following.handle.device).set(0)
-        self._metrics.measured_bytes.labels(following.handle.device).set(0)
+        self._count(following.handle.device)
+
+    def _count(self, device: str) -> None:
+        """Tells the metrics what runs on a device."""
+        there = [following for following in self._following.values() if following.handle.device == device]
+        self._metrics.planned_bytes.labels(device).set(sum(following.upper_bytes for following in there))
+        self._metrics.measured_bytes.labels(device).set(sum(following.measured_bytes for following in there))
 
     def _stop(self, following: Following) -> None:
         """Asks once; kills when the time of grace is over."""
@@ -213,25 +227,26 @@ class Supervisor:
                 self._forget(following)
 
     def _dispatch(self) -> None:
-        busy = {following.handle.device for following in self._following.values()}
         for device in self.devices:
-            if device.name not in busy and (claimed := self._ledger.claim(device)) is not None:
-                self._launch(claimed)
+            while (claimed := self._ledger.claim(device, self.devices)) is not None:
+                self._launch(claimed, device)
 
-    def _launch(self, claimed: Claimed) -> None:
+    def _launch(self, claimed: Claimed, device: Device) -> None:
         handle = claimed.handle
         run_dir = self._settings.runs_dir / handle.job_id
         lease_until = self._clock.elapsed() + self._settings.lease_seconds
+        share = Share(claimed.upper_bytes, device.memory_bytes, device.max_jobs) if device.max_jobs > 1 else None
         with structlog.contextvars.bound_contextvars(job_id=handle.job_id, attempt_id=handle.attempt_id):
             try:
                 _write_json(run_dir / "job.json", claimed.run_spec)
-                status = self._execution.start(Launch(handle.attempt_id, run_dir, handle.number, handle.device))
+                status = self._execution.start(Launch(handle.attempt_id, run_dir, handle.number, handle.device, share))
             except OSError as error:
                 log.exception("the attempt could not be started")
                 self._ledger.finish(handle, 1, last_words=str(error))
                 return
-            following = self._following[handle.attempt_id] = Following(handle, status.process, lease_until)
-            self._metrics.planned_bytes.labels(handle.device).set(claimed.upper_bytes)
+            following = Following(handle, status.process, lease_until, claimed.upper_bytes)
+            self._following[handle.attempt_id] = following
+            self._count(handle.device)
             self._begin(following)
 
     def _begin(self, following: Following) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engine.data import check_dataset
 from engine.errors import InputError
@@ -14,7 +13,7 @@ from engine.spec import DatasetSpec, JobRequest, JobTraining, ModelPath, ModelRe
 from planner.catalog import find_gpu, find_model
 from planner.spec import GpuSpec, Plan, PlanRequest
 from service.db import Database
-from service.execution.devices import Device
+from service.execution.devices import Choice, Device, choose
 from service.files.repository import FileRepository
 from service.jobs.admission import admit, resolved_training
 from service.plans.repository import PlanRepository
@@ -36,8 +35,7 @@ class PreparedJob:
     """Of the file as the user calls it: an upload is stored under its id."""
     num_rows: int
     validation_path: Path | None
-    gpu: GpuSpec
-    device: Device
+    choice: Choice
     plan: Plan
     training: JobTraining
 
@@ -60,15 +58,15 @@ class JobPreparation:
             DoesNotFit: its plan exceeds the device.
         """
         name, folder = self._model(project, request)
-        gpu, device = self._device(request.gpu)
+        choice = choose(self._devices, request.gpu)
         dataset = request.dataset
         path, data_name = self._data_file(project, "dataset.", dataset.path, dataset.file_id)
         num_rows = _checked_rows("dataset.", dataset.path, path, dataset.format)
         validation = self._validation(project, dataset)
-        plan = self._plan(project, request, folder, gpu)
-        admit(plan, device.memory_bytes)
+        plan = self._plan(project, request, folder, choice)
+        admit(plan, choice.device.memory_bytes)
         training = resolved_training(request.training, plan)
-        return PreparedJob(request, name, folder, path, data_name, num_rows, validation, gpu, device, plan, training)
+        return PreparedJob(request, name, folder, path, data_name, num_rows, validation, choice, plan, training)
 
     def _model(self, project: str, request: JobRequest) -> tuple[str, Path]:
         settings = self._settings
@@ -87,17 +85,6 @@ class JobPreparation:
         if not any(folder.glob("*.safetensors")):
             raise InputError(field, "the model folder holds no safetensors: other formats are not loaded")
         return name, folder
-
-    def _device(self, given: str | dict[str, Any] | None) -> tuple[GpuSpec, Device]:
-        """What the plan is made for, and the device of this kind that the job will run on."""
-        if given is None:
-            return self._devices[0].gpu, self._devices[0]
-        gpu = find_gpu(given) if isinstance(given, str) else _inline_gpu(given)
-        device = next((device for device in self._devices if device.kind == gpu.kind), None)
-        if device is None:
-            offered = ", ".join(device.gpu.name for device in self._devices)
-            raise InputError("gpu", f"no device of kind {gpu.kind} here to run {gpu.name!r} on; there is: {offered}")
-        return gpu, device
 
     def _data_file(self, project: str, prefix: str, given: str | None, file_id: str | None) -> tuple[Path, str]:
         """Where a data file is, and what the user calls it."""
@@ -119,12 +106,15 @@ class JobPreparation:
         _checked_rows(prefix, given, path, dataset.format)
         return path
 
-    def _plan(self, project: str, request: JobRequest, folder: Path, gpu: GpuSpec) -> Plan:
+    def _plan(self, project: str, request: JobRequest, folder: Path, choice: Choice) -> Plan:
         fields = request.training.model_dump(include=set(TrainingSpec.model_fields))
         training = parse(TrainingSpec, fields)
         if request.plan_id is not None:
-            return self._given_plan(project, request.plan_id, folder, gpu, training)
-        asked = PlanRequest(model=ModelPath(path=str(folder)), gpu=gpu, training=training)
+            return self._given_plan(project, request.plan_id, folder, choice.gpu, training)
+        limit = choice.device.limit_bytes
+        asked = PlanRequest(
+            model=ModelPath(path=str(folder)), gpu=choice.gpu, memory_limit_bytes=limit, training=training
+        )
         return Plan.model_validate(self._plans.plan(project, asked)[0].plan.plan)
 
     def _given_plan(self, project: str, given: str, folder: Path, gpu: GpuSpec, training: TrainingSpec) -> Plan:
@@ -156,10 +146,3 @@ def _checked_rows(prefix: str, given: str | None, path: Path, format: FormatChoi
         return check_dataset(path, format).num_rows
     except InputError as error:
         raise InputError(f"{prefix}{'file_id' if given is None else 'path'}", error.message) from error
-
-
-def _inline_gpu(given: dict[str, Any]) -> GpuSpec:
-    try:
-        return parse(GpuSpec, given)
-    except InputError as error:
-        raise InputError(f"gpu.{error.field}", error.message) from error

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
 from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
@@ -23,6 +23,17 @@ class Head:
     last_event: int
     is_final: bool
     """Whether the job has ended, so that this is its last one."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A queued job, as far as its turn goes."""
+
+    id: str
+    turn_at: datetime
+    upper_bytes: int
+    device: str
+    """What a device must be called."""
 
 
 class JobRepository:
@@ -76,20 +87,41 @@ class JobRepository:
         self._session.add(job)
         self._session.flush()
 
-    def next_queued(self, device_kind: str, now: datetime, longest_delay: timedelta) -> JobRow | None:
-        """The job whose turn it is on a device of this kind, locked: priority, then age. Others skip it.
+    def next_queued(
+        self, device_names: Collection[str], now: datetime, longest_delay: timedelta, *, max_bytes: int | None = None
+    ) -> Waiting | None:
+        """The job whose turn it is on a device of these names, of those whose bound is not higher.
 
         A job that has to wait for longer than the longest delay was delayed before the clock was set back.
         """
         is_due = or_(JobRow.not_before <= now, JobRow.not_before > now + longest_delay)
+        found = [self._next_called(name, is_due, max_bytes) for name in device_names]
+        return min((job for job in found if job is not None), key=lambda job: (job.turn_at, job.id), default=None)
+
+    def _next_called(self, name: str, is_due: ColumnElement[bool], max_bytes: int | None) -> Waiting | None:
         statement = (
-            select(JobRow)
-            .where(JobRow.state == JobState.QUEUED, JobRow.device_kind == device_kind, is_due)
-            .order_by(JobRow.priority.desc(), JobRow.created_at, JobRow.id)
+            select(JobRow.id, JobRow.turn_at, JobRow.upper_bytes, JobRow.device)
+            .where(JobRow.state == JobState.QUEUED, JobRow.device == name, is_due)
+            .order_by(JobRow.turn_at, JobRow.id)
             .limit(1)
-            .with_for_update(skip_locked=True)
+        )
+        if max_bytes is not None:
+            statement = statement.where(JobRow.upper_bytes <= max_bytes)
+        row = self._session.execute(statement).one_or_none()
+        return None if row is None else Waiting(*row)
+
+    def take_queued(self, job_id: str) -> JobRow | None:
+        """A queued job, locked until the unit of work ends; None when somebody else was faster."""
+        statement = (
+            select(JobRow).where(JobRow.id == job_id, JobRow.state == JobState.QUEUED).with_for_update(skip_locked=True)
         )
         return self._session.scalar(statement)
+
+    def unfinished_with_priority(self) -> list[JobRow]:
+        """Jobs that have not ended and came with a priority, locked."""
+        unfinished = [state for state in JobState if not state.is_final]
+        statement = select(JobRow).where(JobRow.state.in_(unfinished), JobRow.priority != 0).with_for_update()
+        return list(self._session.scalars(statement))
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """The states of some jobs."""

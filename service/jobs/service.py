@@ -22,6 +22,7 @@ from service.jobs.run_spec import run_spec, settings_warnings
 from service.jobs.schemas import DryRun, JobView
 from service.jobs.states import JobState, Reason
 from service.jobs.transitions import add_event, transition
+from service.jobs.turn import turn_at
 from service.plans.service import PlanService
 from service.settings import Settings
 
@@ -76,8 +77,8 @@ class JobService:
         return DryRun(
             plan_id=prepared.plan.id,
             predicted_bytes=prepared.plan.peak.upper_bytes,
-            available_bytes=min(prepared.plan.capacity_bytes, prepared.device.memory_bytes),
-            device_kind=prepared.device.kind,
+            available_bytes=min(prepared.plan.capacity_bytes, prepared.choice.device.memory_bytes),
+            device_kind=prepared.choice.device.kind,
             num_rows=prepared.num_rows,
             training=prepared.training.model_dump(mode="json"),
             warnings=settings_warnings(
@@ -180,10 +181,12 @@ class JobService:
             state=JobState.QUEUED,
             reason=Reason.SUBMITTED,
             model=prepared.model,
-            gpu=prepared.gpu.name,
-            device_kind=prepared.device.kind,
+            gpu=prepared.choice.gpu.name,
+            device=prepared.choice.asked,
             priority=request.priority,
+            turn_at=turn_at(now, request.priority, self._settings.priority_point_seconds),
             plan_id=prepared.plan.id,
+            upper_bytes=prepared.plan.peak.upper_bytes,
             file_id=request.dataset.file_id,
             request=request.model_dump(mode="json"),
             run_spec=run.model_dump(mode="json"),

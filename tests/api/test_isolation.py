@@ -69,7 +69,9 @@ def alpha(client, services, settings, clock, dataset, key):
                 number=1,
                 token="t",
                 owner="host/1/1.0",
+                host="host",
                 device="cpu",
+                upper_bytes=1,
                 lease_expires_at=now + timedelta(hours=1),
                 created_at=now,
             )

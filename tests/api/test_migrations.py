@@ -1,7 +1,7 @@
 """One Alembic chain for both databases."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -12,7 +12,17 @@ from service.dashboard.percentiles import bucket_of
 from service.db import Database, current_revision, downgrade, head_revision, upgrade
 from service.db.base import Base
 from service.db.check import check
-from service.db.tables import EventRow, FileRow, JobDayRow, JobRow, MetricRow, PlanRow, PlanUseRow, ProfilePhaseRow
+from service.db.tables import (
+    AttemptRow,
+    EventRow,
+    FileRow,
+    JobDayRow,
+    JobRow,
+    MetricRow,
+    PlanRow,
+    PlanUseRow,
+    ProfilePhaseRow,
+)
 
 
 def test_upgrade_creates_exactly_the_tables_of_the_models(empty_database_url):
@@ -123,6 +133,39 @@ def test_what_was_measured_before_there_were_rollups_is_added_up(empty_database_
     upgraded.dispose()
     downgrade(empty_database_url, "0002")
     upgrade(empty_database_url)
+
+
+def test_queued_jobs_keep_their_order_and_attempts_their_host(empty_database_url):
+    upgrade(empty_database_url, "0003")
+    engine = create_engine(empty_database_url)
+    now = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    plan = {"id": "plan_1", "planner_version": "1", "model": "m", "gpu": "g", "method": "chunkft", "fits": True}
+    plan |= {"upper_bytes": 1000, "capacity_bytes": 1, "step_seconds": 1.0, "plan": "{}", "created_at": now}
+    job = {"project": "default", "name": "n", "state": "queued", "reason": "submitted", "model": "m", "gpu": "g"}
+    job |= {"device_kind": "cuda", "plan_id": "plan_1", "request": "{}", "run_spec": "{}", "step": 0}
+    job |= {"num_attempts": 1, "num_failures": 0, "last_event": 1, "created_at": now, "not_before": now}
+    attempt = {"id": "att_1", "job_id": "job_1", "number": 1, "token": "t", "owner": "box/12/1.5", "device": "cuda:0"}
+    attempt |= {"lease_expires_at": now, "events_offset": 0, "created_at": now}
+    with engine.begin() as connection:
+        insert(connection, "plans", plan)
+        insert(connection, "jobs", job | {"id": "job_1", "priority": 0})
+        insert(connection, "jobs", job | {"id": "job_2", "priority": 2})
+        insert(connection, "attempts", attempt)
+    engine.dispose()
+    upgrade(empty_database_url)
+    upgraded = Database(empty_database_url)
+    with upgraded.read() as session:
+        queue = session.scalars(select(JobRow).order_by(JobRow.turn_at)).all()
+        assert [(row.id, row.turn_at) for row in queue] == [("job_2", now - timedelta(hours=2)), ("job_1", now)]
+        assert {(row.device, row.upper_bytes) for row in queue} == {("cuda", 1000)}
+        (stored,) = session.scalars(select(AttemptRow))
+        assert (stored.host, stored.device, stored.upper_bytes) == ("box", "cuda:0", 1000)
+    upgraded.dispose()
+    downgrade(empty_database_url, "0003")
+    engine = create_engine(empty_database_url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT DISTINCT device_kind FROM jobs")).all() == [("cuda",)]
+    engine.dispose()
 
 
 KEPT = [(PlanRow, "plan"), (JobRow, "job"), (FileRow, "file")]

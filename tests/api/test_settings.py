@@ -57,9 +57,10 @@ def test_a_settings_file_that_is_wrong_is_refused(monkeypatch, tmp_path, capsys,
 def test_what_is_printed_is_what_is_in_force(monkeypatch, tmp_path):
     monkeypatch.setenv("CHUNKPLAN_PROJECT_QUOTAS", '{"vision.team": {"max_streams": 3}}')
     monkeypatch.setenv("CHUNKPLAN_ALLOWED_HOSTS", '["gpu-box"]')
+    monkeypatch.setenv("CHUNKPLAN_DEVICES", '[{"name": "cuda:1", "max_jobs": 2}, {"name": "cpu", "memory_bytes": 9}]')
     monkeypatch.setenv("CHUNKPLAN_DATA_DIR", str(tmp_path / 'wei"rd é'))
     settings = Settings(port=9000)
-    for name in ("PROJECT_QUOTAS", "ALLOWED_HOSTS", "DATA_DIR"):
+    for name in ("PROJECT_QUOTAS", "ALLOWED_HOSTS", "DEVICES", "DATA_DIR"):
         monkeypatch.delenv(f"CHUNKPLAN_{name}")
     file = tmp_path / "printed.toml"
     file.write_text(as_toml(settings))
@@ -90,9 +91,10 @@ def test_a_project_has_the_common_quota_but_for_what_is_its_own(monkeypatch):
     assert (other.max_open_jobs, other.max_streams) == (7, 200)
 
 
-def test_a_server_with_a_wrong_setting_says_which_and_exits_2(monkeypatch):
-    monkeypatch.setenv("CHUNKPLAN_DATABASE_URL", "mysql://nowhere")
+@pytest.mark.parametrize(("name", "value"), [("DATABASE_URL", "mysql://nowhere"), ("DEVICES", '[{"name": "cuda:99"}]')])
+def test_a_server_with_a_wrong_setting_says_which_and_exits_2(monkeypatch, name, value):
+    monkeypatch.setenv(f"CHUNKPLAN_{name}", value)
     answer = subprocess.run([sys.executable, "-m", "service.serve"], capture_output=True, text=True, cwd=ROOT)
     assert answer.returncode == 2
-    assert answer.stderr.startswith("CHUNKPLAN_DATABASE_URL: ")
+    assert answer.stderr.startswith(f"CHUNKPLAN_{name}: ")
     assert "Traceback" not in answer.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import InputError
 from engine.spec import ModelConfig, ModelPath
-from planner.catalog import ModelEntry, detect_gpu, find_gpu, find_model, gpus, models
+from planner.catalog import ModelEntry, detect_gpu, detect_gpus, find_gpu, find_model, gpus, models
 from planner.spec import GpuSpec
 
 CONTRACT_GPUS = {"rtx-4090", "rtx-3090", "rtx-3060-12gb", "a100-80gb", "h100-80gb", "h800-80gb", "h200"}
@@ -141,11 +141,10 @@ def driver(tmp_path, monkeypatch):
 
     def install(text, exit_code=0):
         tool = tmp_path / "nvidia-smi"
-        tool.write_text(f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/calls'\ncat <<'END'\n{text}\nEND\nexit {exit_code}\n")
+        tool.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {exit_code}\n")
         tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        return tmp_path / "calls"
 
     return install
 
@@ -162,7 +161,7 @@ def driver(tmp_path, monkeypatch):
     ],
 )
 def test_the_drivers_gpu_is_matched_by_name_and_memory(driver, line, identity):
-    driver(line)
+    driver(f"0, GPU-1, {line}")
     gpu = detect_gpu()
     assert gpu.name == identity
     assert gpu.memory_bytes == int(line.split(",")[1]) * 2**20
@@ -170,16 +169,28 @@ def test_the_drivers_gpu_is_matched_by_name_and_memory(driver, line, identity):
 
 
 def test_an_unlisted_gpu_keeps_the_drivers_facts(driver):
-    driver("NVIDIA Quantum 9000, 50000, 13.0")
+    driver("0, GPU-1, NVIDIA Quantum 9000, 50000, 13.0")
     gpu = detect_gpu()
     assert (gpu.name, gpu.compute_capability, gpu.memory_bytes) == ("NVIDIA Quantum 9000", "13.0", 50000 * 2**20)
 
 
-def test_visible_devices_are_honoured(driver, monkeypatch):
-    calls = driver("NVIDIA L4, 23034, 8.9")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
-    assert detect_gpu().name == "l4"
-    assert "--id=2" in calls.read_text()
+def test_every_device_is_found_and_visible_ones_in_their_order(driver, monkeypatch):
+    driver(
+        "0, GPU-aa11, NVIDIA L4, 23034, 8.9\n1, GPU-bb22, NVIDIA A10G, 22731, 8.6\n2, GPU-bb33, NVIDIA L40S, 46068, 8.9"
+    )
+    assert [gpu.name for gpu in detect_gpus()] == ["l4", "a10g", "l40s"]
+    for visible, names in {
+        "2,0": ["l40s", "l4"],
+        "GPU-bb3, 1": ["l40s", "a10g"],
+        "1,7,0": ["a10g"],  # as CUDA does: what comes after an unknown one is not seen
+    }.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [gpu.name for gpu in detect_gpus()] == names
+        assert detect_gpu().name == names[0]
+
+
+def test_no_visible_device_means_cpu(driver, monkeypatch):
+    driver("0, GPU-aa11, NVIDIA L4, 23034, 8.9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert detect_gpu().kind == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-c7384736-a75d-5afc-978f-d2f1294409fd")
@@ -189,7 +200,7 @@ def test_visible_devices_are_honoured(driver, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("No devices were found", 0), ("NVIDIA-SMI has failed", 9), ("x, [N/A], 1", 0)]
+    ("text", "code"), [("No devices were found", 0), ("NVIDIA-SMI has failed", 9), ("0, GPU-1, x, [N/A], 1", 0)]
 )
 def test_a_driver_without_devices_means_cpu(driver, text, code):
     driver(text, code)

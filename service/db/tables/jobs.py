@@ -22,7 +22,7 @@ class JobRow(Owned, Base):
         Index(None, "project", "state", "created_at"),
         Index(None, "project", "finished_at", "id"),
         Index(None, "finished_at", "id"),
-        Index(None, "state", "priority", "created_at"),
+        Index(None, "state", "device", "turn_at", "id", "upper_bytes"),
     )
 
     id: Mapped[Identifier] = mapped_column(primary_key=True)
@@ -34,9 +34,14 @@ class JobRow(Owned, Base):
     """The offending field of the request, where the trainer refused its input."""
     model: Mapped[Reference]
     gpu: Mapped[Name]
-    device_kind: Mapped[Name]
+    device: Mapped[Name]
+    """What a device must be called to run it: its kind (``cpu``, ``cuda``), its name (``cuda:1``), or its GPU's."""
     priority: Mapped[int]
+    turn_at: Mapped[datetime]
+    """Whose is earliest is next: see `service.jobs.turn`."""
     plan_id: Mapped[Identifier] = mapped_column(ForeignKey("plans.id"), index=True)
+    upper_bytes: Mapped[int]
+    """What it may take of a device: what its plan bounds."""
     file_id: Mapped[Identifier | None] = mapped_column(index=True)
     request: Mapped[dict[str, Any]]
     run_spec: Mapped[dict[str, Any]]
@@ -71,7 +76,11 @@ class AttemptRow(OfJob, Base):
     owner: Mapped[Name]
     """The server process that looks after it."""
     process: Mapped[Name | None]
+    host: Mapped[Name]
+    """Where it runs: a device is known by its host and its name."""
     device: Mapped[Name]
+    upper_bytes: Mapped[int]
+    """What it may take of the device: as the job's when it was given to it."""
     lease_expires_at: Mapped[datetime]
     events_offset: Mapped[int] = mapped_column(default=0)
     """Bytes of its event file that are in the database."""
