@@ -361,8 +361,8 @@ class JobRequest(SpecModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = "job"
     model: ModelRef
     gpu: str | dict[str, Any] | None = None
-    """A catalog id, an inline GPU, a kind of device (``cpu``, ``cuda``), or a device of the server (``cuda:1``); default:
-    what the machine has."""
+    """A catalog id, an inline GPU, a kind of device (``cpu``, ``cuda``), or a device of the server (``cuda:1``);
+    default: what the machine has."""
     training: JobTraining = Field(default_factory=JobTraining)
     dataset: DatasetSpec
     output: OutputSpec = Field(default_factory=OutputSpec)
