@@ -75,8 +75,10 @@ class CpuProfiler:
         _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
         try:
             yield
-        finally:
-            self.samples = self._read(_disable_profiler())
+        except BaseException:
+            _disable_profiler()  # what broke off in a phase has no record, and must not be hidden by that
+            raise
+        self.samples = self._read(_disable_profiler())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -81,7 +82,8 @@ def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Call
         raise
     except Exception as error:
         reason = failure_reason(error)
-        report("failed", reason=reason, detail=str(error) if reason == "diverged" else one_line(error))
+        measured = {"needed_bytes": needed_bytes(error)} if reason == "out_of_memory" else {}
+        report("failed", reason=reason, detail=str(error) if reason == "diverged" else one_line(error), **measured)
         raise
     return EXIT_COMPLETED if outcome == "completed" else EXIT_STOPPED
 
@@ -103,6 +105,26 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out_of_memory"
     return "error"
+
+
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def needed_bytes(error: Exception) -> int:
+    """What a run that ran out of memory had at its highest, and what it asked for when it got no more.
+
+    On a GPU of the allocator's reserved bytes, on the CPU of the process.
+    """
+    import torch
+
+    from engine.profiler import process_peak_bytes
+
+    if torch.cuda.is_initialized():
+        held = max(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count()))
+    else:
+        held = process_peak_bytes()
+    asked = re.search(r"allocate (\d+(?:\.\d+)?) ?(bytes|[KMG]iB)", str(error))
+    return held + (int(float(asked[1]) * _UNITS[asked[2]]) if asked else 0)
 
 
 def main() -> int:

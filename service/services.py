@@ -12,6 +12,7 @@ from service.db import Database
 from service.execution.devices import local_devices
 from service.execution.identity import ProcessIdentity
 from service.execution.local import LocalExecution
+from service.execution.replanning import Replanner
 from service.execution.supervisor import Supervisor
 from service.files.service import FileService
 from service.jobs.feed import EventFeed
@@ -65,7 +66,14 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
     files = FileService(database, settings, clock)
     devices = local_devices(settings.devices, settings.max_jobs_per_device)
     supervisor = Supervisor(
-        database, LocalExecution(settings.locks_dir), devices, settings, clock, ProcessIdentity.current(), metrics
+        database,
+        LocalExecution(settings.locks_dir),
+        devices,
+        settings,
+        clock,
+        ProcessIdentity.current(),
+        metrics,
+        Replanner(plans, devices),
     )
     jobs = JobService(database, plans, devices, settings, clock)
     access, closing = Access(database, clock), Event()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import singledispatchmethod
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from service.db.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow, SampleRow
+from service.execution.drift import drift
 from service.execution.messages import (
     MAX_INTEGER,
     Artifact,
@@ -30,20 +32,30 @@ from service.jobs.transitions import add_event, transition
 class Ingestion:
     """Applies messages of one attempt to its job; both rows are locked by the caller, and the token was checked.
 
-    `attempt_values` collects what changes in the attempt's own row; the caller writes it, once, with the new offset.
+    The first message that reports more than a bound makes a second event. `attempt_values` collects what changes in the
+    attempt's own row; the caller writes it, once, with the new offset.
     """
 
-    def __init__(self, session: Session, job: JobRow, attempt_id: str) -> None:
+    def __init__(self, session: Session, job: JobRow, attempt_id: str, bounds: Mapping[str, int]) -> None:
         self._session = session
         self._job = job
         self._attempt_id = attempt_id
+        self._bounds = bounds
         self._usage = UsageBook(session, job)
         self.attempt_values: dict[str, Any] = {}
 
     def add(self, message: Message) -> None:
         """Applies a message and records it as an event."""
         self._apply(message)
-        add_event(self._session, self._job, message.type, message.data, now=message.time, attempt_id=self._attempt_id)
+        self._add_event(message, message.type, message.data)
+        found = drift(message, self._bounds)
+        if found is not None:
+            self._bounds = {}  # said once, not at every step
+            self.attempt_values["drift_bytes"] = found["excess_bytes"]
+            self._add_event(message, "drift", found)
+
+    def _add_event(self, message: Message, kind: str, data: dict[str, Any]) -> None:
+        add_event(self._session, self._job, kind, data, now=message.time, attempt_id=self._attempt_id)
 
     @singledispatchmethod
     def _apply(self, message: Message) -> None:
@@ -150,6 +162,7 @@ class Ingestion:
             "failed_reason": message.reason,
             "failed_detail": message.detail,
             "failed_field": message.field,
+            "needed_bytes": message.needed_bytes,
         }
 
     def _run(self, message: Message) -> None:

@@ -108,6 +108,7 @@ class Failed(Message):
     reason: Literal["input", "out_of_memory", "diverged", "error"]
     detail: str
     field: str | None = None
+    needed_bytes: Bytes | None = None
 
 
 Known = Started | Step | Eval | Checkpoint | Artifact | Coverage | Finished | Failed

@@ -12,7 +12,6 @@ EXIT_COMPLETED, EXIT_STOPPED, EXIT_DEVICE_BUSY = 0, 75, 76
 
 _PERMANENT = {
     "input": Reason.INPUT,
-    "out_of_memory": Reason.OUT_OF_MEMORY,
     "diverged": Reason.DIVERGED,
 }
 """Failures that another attempt would only repeat."""
@@ -32,6 +31,8 @@ class Ended:
     last_words: str | None = None
     """The last line of its log."""
     server_stopping: bool = False
+    ran_out_before: bool = False
+    """Whether an earlier attempt of the job ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Outcome:
     """Failed attempts in a row without progress, this one included."""
     delayed: bool = False
     """Whether the next attempt should wait a little."""
+    out_of_memory: bool = False
+    """Whether the attempt ran out of memory; the job, where it goes on, is planned anew."""
 
 
 def decide(state: JobState, ended: Ended, num_failures: int, max_attempts: int) -> Outcome:
@@ -62,6 +65,8 @@ def decide(state: JobState, ended: Ended, num_failures: int, max_attempts: int) 
         return Outcome(JobState.SUCCEEDED, Reason.COMPLETED)
     if ended.failed_reason in _PERMANENT:
         return Outcome(JobState.FAILED, _PERMANENT[ended.failed_reason], ended.failed_detail, num_failures + 1)
+    if ended.failed_reason == "out_of_memory":
+        return _ran_out(state, ended, num_failures)
     if state is JobState.PAUSING:
         return Outcome(JobState.PAUSED, Reason.USER, num_failures=num_failures)
     if ended.exit_code == EXIT_DEVICE_BUSY:
@@ -73,6 +78,15 @@ def decide(state: JobState, ended: Ended, num_failures: int, max_attempts: int) 
     to = JobState.FAILED if failures >= max_attempts else JobState.QUEUED
     # A stop without progress is no reason to hurry; a lost server is: the job has waited for it already.
     return Outcome(to, reason, detail, failures, delayed=reason is not Reason.SERVER_LOST)
+
+
+def _ran_out(state: JobState, ended: Ended, num_failures: int) -> Outcome:
+    """Once, the job is planned anew with what was measured; what runs out again has no plan that holds."""
+    if ended.ran_out_before:
+        detail = f"out of memory again, after it was planned anew: {ended.failed_detail}"
+        return Outcome(JobState.FAILED, Reason.OUT_OF_MEMORY, detail, num_failures + 1, out_of_memory=True)
+    to = JobState.PAUSED if state is JobState.PAUSING else JobState.QUEUED
+    return Outcome(to, Reason.OUT_OF_MEMORY, ended.failed_detail, num_failures, delayed=True, out_of_memory=True)
 
 
 def _cause(ended: Ended) -> tuple[Reason, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -30,6 +30,8 @@ class Place:
     """Of the host, this one among them."""
     loads: Mapping[str, Load]
     """By device; idle ones may be missing."""
+    passing_over: Collection[str] = ()
+    """Jobs that are not for this device now."""
 
     @property
     def is_full(self) -> bool:
@@ -47,16 +49,23 @@ class Place:
         if self.is_full:
             return None
         device, free = self.device, self._free_bytes(self.device)
-        head = jobs.next_queued(device.names, now, longest_delay)
+        head = self._next(jobs, now, longest_delay)
         if head is not None and head.upper_bytes > device.memory_bytes:
             if not self._fitting(head):
                 return head
-            head = jobs.next_queued(device.names, now, longest_delay, max_bytes=device.memory_bytes)
+            head = self._next(jobs, now, longest_delay, device.memory_bytes)
         if head is None or head.upper_bytes <= free:
             return head
         if max(self._fitting(head), key=self._free_bytes) == device:
             return None
-        return jobs.next_queued(device.names, now, longest_delay, max_bytes=free)
+        return self._next(jobs, now, longest_delay, free)
+
+    def _next(
+        self, jobs: JobRepository, now: datetime, longest_delay: timedelta, max_bytes: int | None = None
+    ) -> Waiting | None:
+        return jobs.next_queued(
+            self.device.names, now, longest_delay, max_bytes=max_bytes, passing_over=self.passing_over
+        )
 
     def _fitting(self, job: Waiting) -> list[Device]:
         """The devices that are large enough for a job."""

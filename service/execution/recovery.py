@@ -17,6 +17,7 @@ from service.execution.identity import ProcessIdentity
 from service.execution.ledger import Handle, Ledger, StaleToken
 from service.execution.messages import read_messages
 from service.jobs.states import JobState
+from service.operation.metrics import Metrics
 from service.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -30,11 +31,12 @@ class Recovery:
     and jump.
     """
 
-    def __init__(self, ledger: Ledger, settings: Settings, clock: Clock, owner: str) -> None:
+    def __init__(self, ledger: Ledger, settings: Settings, clock: Clock, owner: str, metrics: Metrics) -> None:
         self._ledger = ledger
         self._settings = settings
         self._clock = clock
         self._owner = owner
+        self._metrics = metrics
         self._kill_at: dict[str, float] = {}
         self._watched: dict[str, tuple[datetime, float]] = {}
         """By attempt, its lease and since when this server has seen the same one."""
@@ -98,7 +100,8 @@ class Recovery:
     def _drain(self, handle: Handle, offset: int) -> None:
         path = self._settings.runs_dir / handle.job_id / "attempts" / str(handle.number) / "events.jsonl"
         while (batch := read_messages(path, offset)).next_offset > offset:
-            self._ledger.ingest(handle, batch, offset)
+            if self._ledger.ingest(handle, batch, offset):
+                self._metrics.drift.labels(handle.device).inc()
             offset = batch.next_offset
 
     def _remove_leftovers(self) -> None:

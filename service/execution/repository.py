@@ -64,6 +64,11 @@ class AttemptRepository:
         )
         return {device: Load(count, int(total)) for device, count, total in self._session.execute(statement)}
 
+    def has_checkpoint(self, job_id: str) -> bool:
+        """Whether a job has something to resume from."""
+        statement = select(AttemptRow.id).where(AttemptRow.job_id == job_id, AttemptRow.checkpoint_step.is_not(None))
+        return self._session.scalar(statement.limit(1)) is not None
+
     def supersede_metrics(self, job_id: str, attempt_id: str, resumed_step: int) -> None:
         """Takes what earlier attempts did after a step out of the loss curve: it is done again."""
         self._session.execute(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -21,12 +22,14 @@ from planner.residuals import STEP
 from service.clock import Clock
 from service.db import Database
 from service.execution.devices import Device
+from service.execution.dispatch import Dispatcher
 from service.execution.identity import ProcessIdentity
 from service.execution.ledger import Claimed, Handle, Ledger, StaleToken
 from service.execution.messages import Step, read_messages
 from service.execution.protocol import Execution, Launch
 from service.execution.recovery import Recovery
-from service.jobs.states import JobState, Reason
+from service.execution.replanning import Replanner
+from service.jobs.states import JobState
 from service.operation.metrics import Metrics
 from service.settings import Settings
 
@@ -64,15 +67,17 @@ class Supervisor:
         clock: Clock,
         identity: ProcessIdentity,
         metrics: Metrics,
+        replanner: Replanner,
     ) -> None:
         self.devices = devices
         self.owner, self.host = str(identity), identity.host
         self._ledger = Ledger(database, settings, clock, self.owner)
         self._execution = execution
-        self._recovery = Recovery(self._ledger, settings, clock, self.owner)
+        self._recovery = Recovery(self._ledger, settings, clock, self.owner, metrics)
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
+        self._dispatcher = Dispatcher(self._ledger, replanner, devices)
         self._following: dict[str, Following] = {}
         self._recover_at = clock.elapsed()
         self._stopping = threading.Event()
@@ -88,6 +93,7 @@ class Supervisor:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._dispatcher.close()
 
     def is_alive(self) -> bool:
         """Whether the thread runs."""
@@ -154,7 +160,8 @@ class Supervisor:
     def _drain(self, following: Following) -> None:
         path = self._attempt_dir(following.handle) / "events.jsonl"
         while (batch := read_messages(path, following.offset)).next_offset > following.offset:
-            self._ledger.ingest(following.handle, batch, following.offset)
+            if self._ledger.ingest(following.handle, batch, following.offset):
+                self._metrics.drift.labels(following.handle.device).inc()
             following.offset = batch.next_offset
             steps = [message for message in batch.messages if isinstance(message, Step)]
             if steps and steps[-1].samples:
@@ -170,7 +177,7 @@ class Supervisor:
         if finish.outcome.state is JobState.SUCCEEDED:
             # Nothing resumes from them any more; what stays is the exported model.
             shutil.rmtree(self._settings.runs_dir / handle.job_id / "checkpoints", ignore_errors=True)
-        if finish.outcome.reason is Reason.OUT_OF_MEMORY:
+        if finish.outcome.out_of_memory:
             self._metrics.out_of_memory.labels(handle.device).inc()
         for residual in finish.profile.residuals if finish.profile else []:
             if residual["phase"] == STEP:
@@ -227,8 +234,9 @@ class Supervisor:
                 self._forget(following)
 
     def _dispatch(self) -> None:
+        self._dispatcher.collect()
         for device in self.devices:
-            while (claimed := self._ledger.claim(device, self.devices)) is not None:
+            while (claimed := self._dispatcher.claim(device)) is not None:
                 self._launch(claimed, device)
 
     def _launch(self, claimed: Claimed, device: Device) -> None:
@@ -238,6 +246,7 @@ class Supervisor:
         share = Share(claimed.upper_bytes, device.memory_bytes, device.max_jobs) if device.max_jobs > 1 else None
         with structlog.contextvars.bound_contextvars(job_id=handle.job_id, attempt_id=handle.attempt_id):
             try:
+                _leave_other_schedules(run_dir, claimed.run_spec)
                 _write_json(run_dir / "job.json", claimed.run_spec)
                 status = self._execution.start(Launch(handle.attempt_id, run_dir, handle.number, handle.device, share))
             except OSError as error:
@@ -270,6 +279,16 @@ def _last_line(path: Path, max_bytes: int = 4096) -> str | None:
     except OSError:
         return None
     return next((line.replace("\x00", "")[:1000] for line in reversed(lines) if line), None)
+
+
+def _leave_other_schedules(run_dir: Path, run_spec: dict[str, Any]) -> None:
+    """Removes checkpoints of a run with another schedule: they belong to other chunks, and it begins anew."""
+    try:
+        before = json.loads((run_dir / "job.json").read_text())
+    except FileNotFoundError:
+        return
+    if before["training"]["schedule"] != run_spec["training"]["schedule"]:
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
 def _write_json(path: Path, value: object) -> None:

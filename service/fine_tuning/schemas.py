@@ -184,7 +184,7 @@ def _loss(row: EventRow) -> dict[str, Any]:
 def _level(row: EventRow) -> Literal["info", "warn", "error"]:
     if row.type == "failed" or row.data.get("state") in {"failed", "rejected"}:
         return "error"
-    return "warn" if row.type == "warning" else "info"
+    return "warn" if row.type in {"warning", "drift"} else "info"
 
 
 def _message(kind: str, data: Mapping[str, Any]) -> str:
@@ -204,6 +204,10 @@ def _message(kind: str, data: Mapping[str, Any]) -> str:
             return "Checkpoint at step {step}".format(**given)
         case "artifact":
             return "Made {name}".format(**given)
+        case "replanned":
+            return f"Planned anew: {str(data.get('reason')).replace('_', ' ')}; up to {data.get('upper_bytes')} bytes"
+        case "drift":
+            return f"Used {data.get('measured_bytes')} bytes, more than the {data.get('bound_bytes')} of its plan"
         case "finished":
             return "Training ended at step {step}".format(**given)
         case _:

@@ -88,17 +88,25 @@ class JobRepository:
         self._session.flush()
 
     def next_queued(
-        self, device_names: Collection[str], now: datetime, longest_delay: timedelta, *, max_bytes: int | None = None
+        self,
+        device_names: Collection[str],
+        now: datetime,
+        longest_delay: timedelta,
+        *,
+        max_bytes: int | None = None,
+        passing_over: Collection[str] = (),
     ) -> Waiting | None:
-        """The job whose turn it is on a device of these names, of those whose bound is not higher.
+        """The job whose turn it is on a device of these names, of those whose bound is not higher, less some.
 
         A job that has to wait for longer than the longest delay was delayed before the clock was set back.
         """
         is_due = or_(JobRow.not_before <= now, JobRow.not_before > now + longest_delay)
-        found = [self._next_called(name, is_due, max_bytes) for name in device_names]
+        found = [self._next_called(name, is_due, max_bytes, passing_over) for name in device_names]
         return min((job for job in found if job is not None), key=lambda job: (job.turn_at, job.id), default=None)
 
-    def _next_called(self, name: str, is_due: ColumnElement[bool], max_bytes: int | None) -> Waiting | None:
+    def _next_called(
+        self, name: str, is_due: ColumnElement[bool], max_bytes: int | None, passing_over: Collection[str]
+    ) -> Waiting | None:
         statement = (
             select(JobRow.id, JobRow.turn_at, JobRow.upper_bytes, JobRow.device)
             .where(JobRow.state == JobState.QUEUED, JobRow.device == name, is_due)
@@ -107,6 +115,8 @@ class JobRepository:
         )
         if max_bytes is not None:
             statement = statement.where(JobRow.upper_bytes <= max_bytes)
+        if passing_over:
+            statement = statement.where(JobRow.id.not_in(passing_over))
         row = self._session.execute(statement).one_or_none()
         return None if row is None else Waiting(*row)
 

@@ -113,6 +113,10 @@ class AttemptView(Listed):
     job_id: str
     number: int
     device: str
+    upper_bytes: int
+    """What it may take of the device."""
+    drift_bytes: int | None
+    """By how much it measured more than its plan bounds, the first time it did; None when it never did."""
     resumed_step: int | None
     last_step: int | None
     checkpoint_step: int | None
@@ -131,6 +135,8 @@ class AttemptView(Listed):
             job_id=row.job_id,
             number=row.number,
             device=row.device,
+            upper_bytes=row.upper_bytes,
+            drift_bytes=row.drift_bytes,
             resumed_step=row.resumed_step,
             last_step=row.last_step,
             checkpoint_step=row.checkpoint_step,

@@ -34,6 +34,12 @@ class Metrics:
         self.out_of_memory = Counter(
             "chunkplan_out_of_memory", "Attempts that ran out of memory.", ["device"], registry=self.registry
         )
+        self.drift = Counter(
+            "chunkplan_drift",
+            "Attempts that measured more memory than their plan's upper bound.",
+            ["device"],
+            registry=self.registry,
+        )
         self.residual = Histogram(
             "chunkplan_residual_ratio",
             "(predicted - measured) / measured peak, per chunk of finished jobs.",

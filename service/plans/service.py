@@ -48,7 +48,7 @@ class PlanService:
             InputError: the request names something unknown, outside the roots, or impossible.
         """
         request = self._checked(project, request)
-        plan_id = _content_id(request)
+        plan_id = content_id(request)
         with self._database.read() as session:
             plans = PlanRepository(session)
             known, stored = plans.find_use(plan_id, project), plans.find(plan_id)
@@ -61,7 +61,7 @@ class PlanService:
 
     def known_answer(self, project: str, request: PlanRequest) -> Answer | None:
         """The answer to a request that the project has made before; raises as :meth:`plan` does. Needs no planner."""
-        plan_id = _content_id(self._checked(project, request))
+        plan_id = content_id(self._checked(project, request))
         answer = self._answers.find(project, plan_id)
         if answer is not None:
             return answer
@@ -133,7 +133,7 @@ class PlanService:
         """A stored plan that this planner would make again."""
         with self._database.of(project).read() as session:
             plan = Plan.model_validate(PlanRepository(session).get(plan_id).plan)
-        if _content_id(plan.request) != plan.id:
+        if content_id(plan.request) != plan.id:
             message = "another planner version made this plan, or its model has changed; plan the request again"
             raise Conflict("planner_changed", message)
         return plan
@@ -175,6 +175,6 @@ def thin(timeline: Timeline, max_points: int) -> Timeline:
     )
 
 
-def _content_id(request: PlanRequest) -> str:
+def content_id(request: PlanRequest) -> str:
     """The id that the plan of a request has: of the request, what its names stand for, and the planner itself."""
     return plan_id(request, Planning(request))

@@ -1,5 +1,7 @@
 """What becomes of a job when its attempt has ended."""
 
+from dataclasses import replace
+
 import pytest
 
 from service.execution.outcome import Ended, decide
@@ -26,7 +28,15 @@ RUNNING = JobState.RUNNING
         (RUNNING, ended(75, finished="stopped"), JobState.QUEUED, Reason.INTERRUPTED),
         (RUNNING, ended(1, failed="error"), JobState.QUEUED, Reason.ERROR),
         (RUNNING, ended(1, failed="input"), JobState.FAILED, Reason.INPUT),
-        (RUNNING, ended(1, failed="out_of_memory"), JobState.FAILED, Reason.OUT_OF_MEMORY),
+        (RUNNING, ended(1, failed="out_of_memory"), JobState.QUEUED, Reason.OUT_OF_MEMORY),
+        (
+            RUNNING,
+            replace(ended(1, failed="out_of_memory"), ran_out_before=True),
+            JobState.FAILED,
+            Reason.OUT_OF_MEMORY,
+        ),
+        (JobState.PAUSING, ended(1, failed="out_of_memory"), JobState.PAUSED, Reason.OUT_OF_MEMORY),
+        (JobState.CANCELLING, ended(1, failed="out_of_memory"), JobState.CANCELLED, Reason.USER),
         (RUNNING, ended(1, failed="diverged"), JobState.FAILED, Reason.DIVERGED),
         (JobState.STARTING, ended(76), JobState.QUEUED, Reason.DEVICE_BUSY),
         (JobState.STARTING, ended(-15, stopping=True), JobState.QUEUED, Reason.SERVER_SHUTDOWN),

@@ -41,7 +41,13 @@ class JobRow(Owned, Base):
     """Whose is earliest is next: see `service.jobs.turn`."""
     plan_id: Mapped[Identifier] = mapped_column(ForeignKey("plans.id"), index=True)
     upper_bytes: Mapped[int]
-    """What it may take of a device: what its plan bounds."""
+    """What it may take of a device: its plan's bound and ``extra_bytes``."""
+    extra_bytes: Mapped[int] = mapped_column(default=0)
+    """By how much an attempt that ran out of memory was above its plan."""
+    num_out_of_memory: Mapped[int] = mapped_column(default=0)
+    """How many attempts ran out of memory."""
+    replan: Mapped[Name | None]
+    """Why it must be planned anew before it starts; None where its plan only has to be up to date."""
     file_id: Mapped[Identifier | None] = mapped_column(index=True)
     request: Mapped[dict[str, Any]]
     run_spec: Mapped[dict[str, Any]]
@@ -92,6 +98,12 @@ class AttemptRow(OfJob, Base):
     failed_reason: Mapped[str | None] = mapped_column(Text)
     failed_detail: Mapped[str | None] = mapped_column(Text)
     failed_field: Mapped[str | None] = mapped_column(Text)
+    needed_bytes: Mapped[int | None]
+    """What it held on its device and asked for when it ran out of memory."""
+    bounds: Mapped[dict[str, Any] | None]
+    """What its plan bounds, in bytes, by the name of the sample's figure that is to stay below."""
+    drift_bytes: Mapped[int | None]
+    """By how much a figure rose above its bound for the first time; None when none did."""
     exit_code: Mapped[int | None]
     reason: Mapped[Reason | None] = mapped_column(choice(Reason))
     """Why it ended."""
