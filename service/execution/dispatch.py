@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from service.execution.devices import Device
 from service.execution.ledger import Claimed, Ledger, Unchecked
 from service.execution.replanning import Replanned, Replanner
+from service.jobs.states import Reason
 
 
 class Dispatcher:
@@ -32,7 +33,12 @@ class Dispatcher:
             )
             if not isinstance(claimed, Unchecked):
                 return claimed
-            found = self._replanner.look(self._ledger.planned(claimed.job_id), device)
+            try:
+                job = self._ledger.planned(claimed.job_id)
+            except (ValueError, KeyError) as error:  # what no version can read must not keep the others waiting
+                self._ledger.reject(claimed.job_id, Reason.ERROR, f"its plan cannot be read: {error}")
+                continue
+            found = self._replanner.look(job, device)
             if found is not None:
                 self._replan(found)
         return None
@@ -42,4 +48,5 @@ class Dispatcher:
         self._replanner.close()
 
     def _replan(self, found: Replanned) -> bool:
-        return self._ledger.replan(found, self._devices)
+        places = [device for device in self._devices if found.job.job_id not in self._replanner.not_for(device)]
+        return self._ledger.replan(found, places)

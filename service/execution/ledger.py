@@ -161,6 +161,10 @@ class Ledger:
     def replan(self, found: Replanned, devices: Sequence[Device]) -> bool:
         """Gives a queued job its new plan, and says so; what has none, or fits nowhere with it, is rejected.
 
+        Args:
+            found: its plan, or why it has none.
+            devices: where it may go instead, as far as anybody knows.
+
         Returns:
             False, and nothing is changed, when another device can hold the job and this one, with this plan, cannot.
         """
@@ -195,6 +199,13 @@ class Ledger:
                 detail = f"planned anew, it needs up to {job.upper_bytes} bytes, {missing} more than {device.name} has"
                 transition(session, job, JobState.REJECTED, Reason.DOES_NOT_FIT, now=now, detail=detail)
             return True
+
+    def reject(self, job_id: str, reason: Reason, detail: str) -> None:
+        """Rejects a queued job."""
+        with self._database.write() as session:
+            job = JobRepository(session).take_queued(job_id)
+            if job is not None:
+                transition(session, job, JobState.REJECTED, reason, now=self._clock.now(), detail=detail[:1000])
 
     def record_process(self, handle: Handle, process: str) -> None:
         """Remembers which process runs an attempt.

@@ -133,10 +133,14 @@ class Replanner:
         """Passes on what has come back; ``apply`` says whether the device can hold the job."""
         for job_id, (device, future) in list(self._waiting.items()):
             if future.done():
-                found = future.result()
-                if not apply(found):
-                    self._unfit.add((job_id, device.name))
                 del self._waiting[job_id]
+                try:
+                    fits = apply(future.result())
+                except Exception:
+                    self._waiting[job_id] = device, future  # the database is away: once more
+                    raise
+                if not fits:
+                    self._unfit.add((job_id, device.name))
 
     def close(self) -> None:
         """Begins nothing more."""

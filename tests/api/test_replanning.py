@@ -156,6 +156,34 @@ def test_what_does_not_fit_any_more_is_rejected_with_what_is_missing(
     assert len(events(job, "replanned")) == 1
 
 
+def test_what_fits_no_device_any_more_is_rejected_once_all_are_known(client, services, submit, dispatch, device):
+    """Each of two devices is planned for; while one is not known it may be the other that holds the job."""
+    job = submit()
+    age_plan(services, job)
+    small = [replace(device, name=f"cpu:{i}", limit_bytes=1 << 28) for i in range(2)]
+    dispatcher = dispatch(*small)
+
+    def passed_on():
+        dispatcher.collect()
+        assert dispatcher.claim(small[0]) is None
+        return dispatcher.claim(small[1]) is None and client.get(f"/v1/jobs/{job['id']}").json()["finished_at"]
+
+    wait_for(passed_on, "the job to end")
+    assert client.get(f"/v1/jobs/{job['id']}").json()["reason"] == "does_not_fit"
+
+
+def test_a_plan_that_nobody_can_read_keeps_nobody_waiting(client, clock, services, submit, dispatch, device):
+    job = submit()
+    clock.advance(seconds=1)
+    younger = submit(seed=1)
+    age_plan(services, job)
+    with services.database.write() as session:
+        plan = session.get_one(PlanRow, "plan_old")
+        plan.plan = plan.plan | {"request": {"from": "the future"}}
+    assert dispatch(device).claim(device).handle.job_id == younger["id"]
+    assert client.get(f"/v1/jobs/{job['id']}").json()["state"] == "rejected"
+
+
 def test_what_the_planner_refuses_now_is_rejected(client, services, submit, dispatch, device, tmp_path):
     job = submit()
     age_plan(services, job)
