@@ -36,6 +36,10 @@ TARGETS = {
     "cold_llama_3_70b_seconds": ("<=", 3.0),
     "cold_llama_3_70b_cpu_seconds": ("<=", 3.0),
     "further_schedule_seconds": ("<=", 0.010),
+    "auto_traced_before_seconds": ("<=", 3.0),
+    "auto_traced_before_cpu_seconds": ("<=", 3.0),
+    "auto_again_seconds": ("<=", 3.0),
+    "auto_candidates": (">=", 500),
     "cli_traced_before_seconds": ("<=", 1.5),
     "cli_traced_before_cpu_seconds": ("<=", 1.5),
     "server_cached_plans_per_second": (">=", 100),
@@ -74,6 +78,22 @@ for schedule in schedules:
     planner.evaluate(training, again)
     seconds.append(time.perf_counter() - begin)
 print(statistics.median(seconds))
+"""
+_AUTO = """
+import time
+from engine.spec import parse
+from planner import PlanRequest, plan
+from planner.planning import Planner
+from planner.search import candidates, choose
+request = parse(PlanRequest, {"model": "llama-3-8b", "gpu": "h200", "training": {"schedule": "auto"}})
+wall, cpu = time.perf_counter(), time.process_time()
+plan(request)
+first = time.perf_counter() - wall, time.process_time() - cpu
+wall = time.perf_counter()
+plan(request)
+again = time.perf_counter() - wall
+planner = Planner(request)
+print(*first, again, len(candidates(planner, choose(planner))))
 """
 
 
@@ -126,6 +146,20 @@ def cold_plan(folder: Path) -> dict[str, float]:
 def further_schedule(folder: Path) -> dict[str, float]:
     """Another schedule of Llama-3-8B whose blocks were traced in the same process: footprints, replay, everything."""
     return {"further_schedule_seconds": float(_python(["-c", _FURTHER], folder))}
+
+
+def automatic(folder: Path) -> dict[str, float]:
+    """A whole plan of Llama-3-8B with ``schedule: auto``: nothing traced; in a new process; again in the same one."""
+    cold, cold_cpu, _, _ = map(float, _python(["-c", _AUTO], folder).split())
+    wall, cpu, again, num_candidates = map(float, _python(["-c", _AUTO], folder).split())
+    return {
+        "auto_cold_seconds": cold,
+        "auto_cold_cpu_seconds": cold_cpu,
+        "auto_traced_before_seconds": wall,
+        "auto_traced_before_cpu_seconds": cpu,
+        "auto_again_seconds": again,
+        "auto_candidates": num_candidates,
+    }
 
 
 def command(folder: Path) -> dict[str, float]:
@@ -248,7 +282,7 @@ def measure(repeats: int) -> dict[str, float]:
             for num_live in (50, 400, 2000):
                 rate = allocator_events_per_second(mode == "expandable", num_live)
                 add({f"allocator_{mode}_{num_live}_live_events_per_second": rate})
-        for part in (cold_plan, further_schedule, command, server):
+        for part in (cold_plan, further_schedule, automatic, command, server):
             with tempfile.TemporaryDirectory() as folder:
                 add(part(Path(folder)))
     return {name: statistics.median(values) for name, values in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.chunks import Chunk
-from engine.spec import ScheduleSpec, TrainingSpec
+from engine.spec import CheckpointedLayers, ScheduleSpec, TrainingSpec
 from planner.spec import Peak
 from planner.structure import ModelStructure
 
@@ -68,7 +68,13 @@ def changes(training: TrainingSpec, asked: TrainingSpec, schedule: ScheduleSpec,
         found.append(f"{schedule.state_dtype.value} states")
     if training.activation_checkpointing != asked.activation_checkpointing:
         choice = training.activation_checkpointing
-        found.append("full activation checkpointing" if choice == "full" else "no activation checkpointing")
+        found.append(
+            f"activation checkpointing of the lowest {len(choice.layers)} layers only"
+            if isinstance(choice, CheckpointedLayers)
+            else f"{'full' if choice == 'full' else 'no'} activation checkpointing"
+        )
+    if training.update_in_backward and not asked.update_in_backward:
+        found.append("updates in backward")
     if training.loss != asked.loss:
         found.append(f"{training.loss} loss")
     if training.micro_batch_size != asked.micro_batch_size:

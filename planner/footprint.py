@@ -12,7 +12,7 @@ from engine.spec import Optimizer, ScheduleSpec, TrainingSpec
 from engine.states import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
 from planner.cache import TraceStore
 from planner.fold import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, SliceUpdate, added, fold, rounded
-from planner.programs import Interned, StepPrograms, update_needs
+from planner.programs import Interned, StepPrograms, UpdateProgram
 from planner.segments import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from planner.spec import GpuSpec
 from planner.structure import ModelStructure, chunk_roles, stand_ins
@@ -130,12 +130,13 @@ class Footprints:
         self._programs: dict[int, StepPrograms] = {}
         self.interned: Interned = {}
         """Programs of the allocator's pools that were met."""
-        self._needs: dict[int, tuple[int, int] | None] = {}
+        self._update_programs: dict[int, UpdateProgram] = {}
         self._work_seconds: dict[int, list[float]] = {}
         self._columns = [info.num_columns for info in self.structure.parameters]
         self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], _SliceFigures]] = {}
         self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
         self._kept: dict[tuple[int, StateLayout], int] = {}
+        self._states: dict[tuple[int, int, Hashable, Hashable, Hashable], tuple[int, int]] = {}
         self._resident: dict[str, Bytes] = {}
         self._estimates: dict[tuple[Hashable, ...], tuple[int, float]] = {}
         self._largest: dict[int, Chunk] = {}
@@ -242,12 +243,12 @@ class Footprints:
             self._programs[id(trace)] = StepPrograms(trace)
         return self._programs[id(trace)]
 
-    def update_needs(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> tuple[int, int] | None:
-        """What the update of a slice takes at once; see :func:`planner.programs.update_needs`."""
+    def update_program(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> UpdateProgram:
+        """The update of a slice prepared for the replay, once."""
         trace = self.update_trace(piece, schedule, update)
-        if id(trace) not in self._needs:
-            self._needs[id(trace)] = update_needs(trace)
-        return self._needs[id(trace)]
+        if id(trace) not in self._update_programs:
+            self._update_programs[id(trace)] = UpdateProgram(trace)
+        return self._update_programs[id(trace)]
 
     def _is_shared(self, update: Update) -> bool:
         """Do the states of the whole chunk pass through the same buffers? Only where copies run beside updates."""
@@ -303,12 +304,20 @@ class Footprints:
 
     def states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
         """What the optimizer keeps on the device for a slice."""
-        layout = StateLayout.of(self.training, schedule)
-        return sum(map(self.rounded, layout.device_bytes(piece.numel, self._num_columns(piece))))
+        return self._states_bytes(piece, schedule)[0]
 
     def host_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
         """What the optimizer keeps in host memory for a slice between visits."""
-        return StateLayout.of(self.training, schedule).host_bytes(piece.numel, self._num_columns(piece))
+        return self._states_bytes(piece, schedule)[1]
+
+    def _states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> tuple[int, int]:
+        """On the device, and on the host between visits; known for slices of one size and width."""
+        key = (piece.numel, self._num_columns(piece), schedule.states, schedule.state_dtype, schedule.master)
+        if key not in self._states:
+            layout = StateLayout.of(self.training, schedule)
+            on_device = sum(map(self.rounded, layout.device_bytes(*key[:2])))
+            self._states[key] = on_device, layout.host_bytes(*key[:2])
+        return self._states[key]
 
     def estimate(self, schedule: ScheduleSpec) -> tuple[int, float]:
         """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart quickly.

@@ -43,8 +43,8 @@ from planner.spec import (
 
 PLANNER_VERSION = "2"
 MAX_MICRO_BATCH_TOKENS = 2**20
-_MOST_WARM = 2
-"""Models, specs and devices whose traces a process keeps: tens of megabytes each."""
+_MOST_WARM = 6
+"""Models, specs and devices whose traces a process keeps: tens of megabytes each. ``auto`` looks at six specs."""
 _WARM: dict[tuple[str, ...], Footprints] = {}
 """The last ones, the newest at the end."""
 

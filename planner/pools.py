@@ -11,7 +11,7 @@ Sizes and addresses count blocks of 512 bytes.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from planner.allocator import MIN_BLOCK_BYTES, SMALL_BYTES, segment_size_bytes
@@ -22,7 +22,7 @@ _BITS = 40
 _ADDRESS = (1 << _BITS) - 1
 
 Op = tuple[int, int]
-"""(size, name) takes a block of at least one unit, (0, name) gives it back; (size, 0) does both at once."""
+"""(size, name) takes a block of at least one unit, (0, name) gives it back. Names are integers other than 0."""
 
 
 def units(size_bytes: int) -> int:
@@ -30,22 +30,55 @@ def units(size_bytes: int) -> int:
     return -(-size_bytes // MIN_BLOCK_BYTES)
 
 
+def shortened(ops: Sequence[Op]) -> list[Op]:
+    """Operations with (need, 0) in place of those that leave everything as it was, unless they need a segment.
+
+    What takes blocks and gives all of them back, and no others, leaves the same blocks live where they were. It needs
+    no segment where a free extent is as large as all of them together: its end stays free, wherever the rest is put.
+    """
+    given = {name for size, name in ops if not size}
+    bits: dict[int, int] = {}
+    live, seen, last = 0, [0], {0: 0}
+    for at, (size, name) in enumerate(ops, start=1):
+        if not size and name in bits:
+            live ^= bits[name]
+        else:  # what came before or stays for good never comes back to what it was
+            bit = 1 << at
+            live ^= bit
+            if size and name in given:
+                bits[name] = bit
+        seen.append(live)
+        last[live] = at
+    found: list[Op] = []
+    at = 0
+    while at < len(ops):
+        begin, end = seen[at], last[seen[at]]
+        if end == at:
+            found.append(ops[at])
+            at += 1
+            continue
+        need = together = 0
+        while at < end:
+            together += ops[at][0]
+            need = max(need, together)
+            at += 1
+            if seen[at] == begin:
+                together = 0
+        found.append((need, 0))
+    return found
+
+
 class Program:
     """Operations in their order. It is known again by its identity: use one object for equal operations.
 
-    Names are integers other than 0. Positive ones are relative to a place, and follow it when it moves.
+    Positive names are relative to a place, and follow it when it moves.
     """
 
-    __slots__ = ("ops",)
+    __slots__ = ("ops", "plain")
 
-    def __init__(self, ops: Iterable[Op]) -> None:
-        found: list[Op] = []
-        for size, name in ops:
-            if not size and found and found[-1][1] == name:
-                found[-1] = found[-1][0], 0
-            else:
-                found.append((size, name))
-        self.ops = tuple(found)
+    def __init__(self, ops: Sequence[Op]) -> None:
+        self.ops = shortened(ops)
+        self.plain = ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +123,24 @@ class Pool:
         key = (self._state, program, base - self.base)
         after = self._after.get(key)
         if after is None:
-            after = self._after[key] = self._simulated(program.ops, base - self.base)
+            after = self._simulated(program.ops, base - self.base)
+            if after is None:
+                after = self._simulated(program.plain, base - self.base)
+            assert after is not None
+            self._after[key] = after
         self._state, self.base = after, base
+
+    def run_once(self, ops: Sequence[Op], plain: Callable[[], Sequence[Op]]) -> None:
+        """The same for operations that will not come again, given shortened, and on demand as they are."""
+        after = self._simulated(ops, 0)
+        if after is None:
+            after = self._simulated(plain(), 0)
+        assert after is not None
+        self._state = after
 
     def names(self) -> list[int]:
         """Of the live blocks, in the order in which they came."""
         return list(self._states[self._state].live)
-
-    @property
-    def largest_free(self) -> int:
-        """Size of the largest free extent."""
-        return max(self._states[self._state].free[-1:], default=0) >> _BITS
 
     def settle(self) -> None:
         """What lives has no name from now on: it stays where it is for ever."""
@@ -112,7 +152,10 @@ class Pool:
         names = self.names()
         going = [(0, name) for name in names if name not in staying]
         known = self._numbers.get((self._num_segments,)) if len(going) == len(names) else None
-        self._state = self._simulated(going, 0) if known is None else known
+        if known is None:
+            known = self._simulated(going, 0)
+            assert known is not None
+        self._state = known
 
     def _number(self, state: _State) -> int:
         key = (self._num_segments, *state.live, *state.live.values())
@@ -121,8 +164,10 @@ class Pool:
             self._states.append(state)
         return number
 
-    def _simulated(self, ops: Sequence[Op], shift: int) -> int:
+    def _simulated(self, ops: Sequence[Op], shift: int) -> int | None:
+        """The state after operations; None where what was left out of them may need a segment."""
         self.num_simulated += len(ops)
+        segments = self._num_segments, self._end, self.reserved_bytes
         before = self._states[self._state]
         free, starts, ends = before.free.copy(), before.starts.copy(), before.ends.copy()
         if shift:
@@ -133,14 +178,12 @@ class Pool:
         for size, name in ops:
             if size:
                 least = size << _BITS
-                if not name:
-                    if not free or free[-1] < least:
-                        extent = self._new_segment(size)
-                        begin = extent & _ADDRESS
-                        insort(free, extent)
-                        starts[begin] = ends[begin + (extent >> _BITS)] = extent
-                    continue
                 at = bisect_left(free, least)
+                if not name:
+                    if at < len(free):
+                        continue
+                    self._num_segments, self._end, self.reserved_bytes = segments
+                    return None
                 if at < len(free):
                     extent = free.pop(at)
                     begin = extent & _ADDRESS

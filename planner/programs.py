@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from planner.compose import births, freed_everywhere
 from planner.fold import Copies
-from planner.pools import LARGEST_SMALL, Op, Program, units
+from planner.pools import LARGEST_SMALL, Op, Program, shortened, units
 from planner.segments import HEAD, StepTrace
 
 OTHER_NAMES = -(1 << 60)
@@ -168,20 +168,27 @@ def rule_events(trace: StepTrace) -> Sequence[int]:
     return segment.events
 
 
-def update_needs(trace: StepTrace) -> tuple[int, int] | None:
-    """What the largest balanced part of a slice's update takes of the large pool and the small one, in their units.
+class UpdateProgram:
+    """The update of a slice: its blocks are named by their numbers in the trace, the gradient is 0."""
 
-    A part is balanced when it gives back everything that it takes. None: something stays for good, the gradient aside.
-    """
-    live: set[int] = set()
-    needs, taken = [0, 0], [0, 0]
-    for event in rule_events(trace):
-        if event >= 0:
-            live.add(event)
-            size = units(trace.blocks[event].size_bytes)
-            taken[size <= LARGEST_SMALL] += size
-        elif event < -1:
-            live.remove(-1 - event)
-        if not live:
-            needs, taken = [max(pair) for pair in zip(needs, taken, strict=True)], [0, 0]
-    return None if live else (needs[0], needs[1])
+    def __init__(self, trace: StepTrace) -> None:
+        ops: tuple[list[Op], list[Op]] = ([], [])
+        live: set[int] = set()
+        for event in rule_events(trace):
+            number = event if event >= 0 else -1 - event
+            size = units(trace.blocks[number].size_bytes)
+            if size:
+                ops[size <= LARGEST_SMALL].append((size if event >= 0 else 0, number))
+                live ^= {number}
+        self.plain = ops
+        self.short = tuple(
+            [(size, -1 if size and not number else number) for size, number in shortened(each)] for each in ops
+        )
+        self.num_blocks = len(trace.blocks)
+        self.staying = sorted(live - {0})
+        """Blocks that are not given back."""
+
+    def named(self, *, is_small: bool, is_short: bool, first: int, gradient: int) -> list[Op]:
+        """Operations of one pool; block n is called ``first`` − n."""
+        ops = self.short[is_small] if is_short else self.plain[is_small]
+        return [(size, first - number if number > 0 else 0 if number else gradient) for size, number in ops]

@@ -1,13 +1,15 @@
 """Reserved memory: what the simulated CUDA caching allocator makes of a cycle. Pure but for the trace store.
 
 The same as an event-by-event walk (:mod:`planner.walk`) says, to the byte, but a segment of a step is simulated only
-in states of the allocator that were not met before; and updates are not simulated at all where the largest free extent
-has room for everything that one of their blocks takes, so that nothing can be reserved for them.
+in states of the allocator that were not met before, and without what it takes and gives back in one go, where a free
+extent has room for all of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 
 from engine.chunks import Slice
 from engine.schedule import Schedule
@@ -16,8 +18,8 @@ from planner.compose import CompositionError
 from planner.fold import Copies
 from planner.footprint import ChunkFootprint, Footprints, Update, updates_of_visit
 from planner.overheads import Overheads
-from planner.pools import Pool
-from planner.programs import OTHER_NAMES, Ops, base_of, rule_events, seen_from
+from planner.pools import Op, Pool
+from planner.programs import OTHER_NAMES, Ops, UpdateProgram, base_of, rule_events, seen_from
 from planner.structure import stand_ins
 
 
@@ -93,11 +95,27 @@ class Replay:
         for size_bytes in self._footprints.buffers(footprint.chunk, self._schedule, update):
             buffers.take(self._name(), size_bytes)
         self._run(buffers)
-        if not self._is_room(footprint, update):
-            for ordinal, (name, size_bytes) in sorted(gradients.items()):
-                ops = Ops()
-                staying |= self._add_update(ops, pieces[ordinal], update, name, size_bytes)
-                self._run(ops)
+        return staying | self._updates(footprint, update, gradients)
+
+    def _updates(self, footprint: ChunkFootprint, update: Update, gradients: dict[int, tuple[int, int]]) -> set[int]:
+        """The updates of all slices, one after another; returns the names of states that came to stay."""
+        staying: set[int] = set()
+        updates: list[tuple[UpdateProgram, int, int]] = []
+        for ordinal, (gradient, _) in sorted(gradients.items()):
+            program = self._footprints.update_program(footprint.chunk.slices[ordinal], self._schedule, update)
+            updates.append((program, self._next_name, gradient))
+            staying.update(self._next_name - number for number in program.staying)
+            self._next_name -= program.num_blocks
+        for is_small, pool in enumerate(self._pools):
+
+            def ops(*, is_short: bool, is_small: bool = bool(is_small)) -> list[Op]:
+                named = (
+                    program.named(is_small=is_small, is_short=is_short, first=first, gradient=gradient)
+                    for program, first, gradient in updates
+                )
+                return list(chain.from_iterable(named))
+
+            pool.run_once(ops(is_short=True), partial(ops, is_short=False))
         return staying
 
     def _step(
@@ -143,19 +161,6 @@ class Replay:
             else:
                 ops.give(*blocks.pop(-1 - event))
         return {name for name, _ in blocks.values()}
-
-    def _is_room(self, footprint: ChunkFootprint, update: Update) -> bool:
-        """Is a free extent of each pool so large that the updates of all slices reserve nothing, wherever they lie?
-
-        A slice is updated block by block, and what a block takes is gone with it. Of an extent with room for all that
-        one takes, the end stays free, however the rest is cut; and gradients that are freed make extents only larger.
-        """
-        largest = [pool.largest_free for pool in self._pools]
-        for piece in footprint.chunk.slices:
-            needs = self._footprints.update_needs(piece, self._schedule, update)
-            if needs is None or needs[0] > largest[0] or needs[1] > largest[1]:
-                return False
-        return True
 
     def _run(self, ops: Ops, base: int | None = None) -> None:
         for pool, program in zip(self._pools, ops.programs(self._footprints.interned), strict=True):

@@ -1,16 +1,19 @@
 """Which schedule to take: the request's, or the one that ``auto`` finds; and what else could be taken.
 
 ``auto`` chooses the number of chunks and nothing else: all the rest of the spec, and what the optimizer remembers,
-stays as asked. What can be had by changing more is on the front, and every entry says what it changes. Candidates are
-ranked by outlines, which are arithmetic; whatever is named has been computed exactly, the allocator included.
+stays as asked, whether it was written out or left to its default, which is the same request. What can be had by
+changing more is on the front, and every entry says what it changes. Candidates are ranked by outlines, which are
+arithmetic; whatever is named has been computed exactly, the allocator included.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from engine.spec import Optimizer, ScheduleSpec, StateDtype, TrainingSpec, default_schedule
+from engine.spec import CheckpointedLayers, Optimizer, ScheduleSpec, StateDtype, TrainingSpec, default_schedule
 from planner.causes import cause, changes, size
 from planner.planning import Evaluation, Outline, Planner
 from planner.spec import Alternative
@@ -23,6 +26,9 @@ SWITCH_EVERY = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 """Updates per visit of a chunk that candidates of the front may have."""
 MAX_FRONT = 3
 """Entries of the front beside the chosen schedule; each one costs a replay of its cycle."""
+
+CHECKPOINTED_PARTS = 8
+"""Checkpointing is tried on all layers, on 7/8 of them, …, on none."""
 
 _WORTHWHILE = 0.95
 """Twice as many chunks must bring the step below this share of its time."""
@@ -73,15 +79,27 @@ def front(planner: Planner, chosen: Evaluation) -> list[Alternative]:
     """
     if planner.request.training.schedule != "auto":
         return []
-    entries = [_entry(chosen, "chosen", _chosen_why(planner, chosen))]
-    for outline in _picked(candidates(planner, chosen), chosen, planner.capacity_bytes):
-        found = planner.evaluate(outline.training, outline.schedule)
-        entries.append(_entry(found, "pareto", _difference(found, chosen)))
-    return entries
+    found = candidates(planner, chosen)
+    base = planner.sketch(chosen.training, chosen.schedule)
+    fragments = max(
+        chosen.peak.upper_bytes - base.least_upper_bytes, 0
+    )  # what the allocator is likely to add to others
+    entries = []
+    for what, outline in _picked(found, base, planner.capacity_bytes - fragments):
+        other = planner.evaluate(outline.training, outline.schedule)
+        if other.fits or not chosen.fits:
+            entries.append(_entry(other, "pareto", f"{what}: {_difference(other, chosen)}"))
+    is_smallest = min(each.least_upper_bytes for each in found) > _NOTABLE * base.least_upper_bytes
+    why = _chosen_why(planner, chosen) + ("; nothing that was tried needs notably less" if is_smallest else "")
+    return [_entry(chosen, "chosen", why), *entries]
 
 
 def candidates(planner: Planner, chosen: Evaluation) -> list[Outline]:
-    """Everything that may be varied, outlined: chunks, visits, states; checkpointing, loss, and how a batch is cut."""
+    """Everything that may be varied, outlined: chunks, visits, states; checkpointing, loss, and how a batch is cut.
+
+    Not varied are the order of the chunks, which changes neither peak nor time, and what decides the result of the
+    training beyond what entries of the front say: the batch, the optimizer, precision, clipping, adapters.
+    """
     training, schedule = chosen.training, chosen.schedule
     asked = [(training, kept) for kept in _kept(training, schedule)]
     if training.method == "chunkft":
@@ -90,7 +108,52 @@ def candidates(planner: Planner, chosen: Evaluation) -> list[Outline]:
         asked = [(training, kept) for each in counts for kept in _kept(training, each)]
     for variant in _variants(training):
         asked += [(variant, kept) for kept in _kept(variant, schedule)]
-    return [planner.sketch(each, kept) for each, kept in asked]
+    outlines = [planner.sketch(each, kept) for each, kept in asked]
+    return outlines + list(_partly_checkpointed(planner, outlines, schedule.num_chunks))
+
+
+def _partly_checkpointed(planner: Planner, outlines: Sequence[Outline], num_chunks: int) -> Iterator[Outline]:
+    """Between full checkpointing and none: the layers on top keep their activations, which are recomputed most often.
+
+    Their bytes grow with every such layer, and the seconds fall: both are estimated on the line between the ends.
+    """
+    training = planner.request.training
+    num_layers = planner.footprints(training).structure.num_layers
+    by_choice: dict[str, dict[ScheduleSpec, Outline]] = {"full": {}, "none": {}}
+    for each in outlines:
+        changed = each.training.model_copy(update={"activation_checkpointing": training.activation_checkpointing})
+        if changed == training and each.schedule.num_chunks == num_chunks:
+            choice = each.training.activation_checkpointing
+            if isinstance(choice, str):
+                by_choice[choice][each.schedule] = each
+    specs = {}
+    for part in range(1, CHECKPOINTED_PARTS):
+        num_checkpointed = num_layers * part // CHECKPOINTED_PARTS
+        if 0 < num_checkpointed < num_layers:
+            layers = CheckpointedLayers(layers=list(range(num_checkpointed)))
+            specs[num_checkpointed] = training.model_copy(update={"activation_checkpointing": layers})
+    for schedule, full in by_choice["full"].items():
+        none = by_choice["none"].get(schedule)
+        if none is None:
+            continue
+        for num_checkpointed, spec in specs.items():
+            yield _between(none, full, num_checkpointed / num_layers, spec)
+
+
+def _between(begin: Outline, end: Outline, share: float, training: TrainingSpec) -> Outline:
+    """The outline that lies by ``share`` of the way from one to the other; bytes are rounded up."""
+
+    def of(first: int, last: int) -> int:
+        return first + math.ceil((last - first) * share)
+
+    return replace(
+        end,
+        training=training,
+        allocated_bytes=of(begin.allocated_bytes, end.allocated_bytes),
+        host_bytes=of(begin.host_bytes, end.host_bytes),
+        least_upper_bytes=of(begin.least_upper_bytes, end.least_upper_bytes),
+        step_seconds=begin.step_seconds + (end.step_seconds - begin.step_seconds) * share,
+    )
 
 
 def _kept(training: TrainingSpec, schedule: ScheduleSpec) -> Iterator[ScheduleSpec]:
@@ -111,37 +174,44 @@ def _variants(training: TrainingSpec) -> Iterator[TrainingSpec]:
     def changed(**update: Any) -> TrainingSpec:
         return training.model_copy(update=update)
 
-    yield changed(activation_checkpointing="none" if training.activation_checkpointing == "full" else "full")
+    for choice in ("full", "none"):
+        if training.activation_checkpointing != choice:
+            yield changed(activation_checkpointing=choice)
     if training.loss == "standard":
         yield changed(loss="fused")
     size_of, steps = training.micro_batch_size, training.gradient_accumulation_steps
+    if training.max_grad_norm is None and steps == 1 and not (training.update_in_backward or training.scales_loss):
+        yield changed(update_in_backward=True)
     if steps % 2 == 0:
         yield changed(micro_batch_size=2 * size_of, gradient_accumulation_steps=steps // 2)
     if size_of % 2 == 0 and not training.update_in_backward:
         yield changed(micro_batch_size=size_of // 2, gradient_accumulation_steps=2 * steps)
 
 
-def _picked(outlines: Sequence[Outline], chosen: Evaluation, capacity_bytes: int) -> list[Outline]:
-    """Of the front over (bound, seconds, host bytes) the ends and the corners: few entries that differ notably."""
+def _picked(outlines: Sequence[Outline], chosen: Outline, capacity_bytes: int) -> list[tuple[str, Outline]]:
+    """Of the front over (bound, seconds, host bytes) the ends, by what they are: few entries that differ notably."""
     fitting = [outline for outline in outlines if outline.least_upper_bytes <= capacity_bytes]
-    pool = pareto(fitting or outlines)
-    orders = (
-        lambda each: (each.step_seconds, each.least_upper_bytes),
-        lambda each: (each.least_upper_bytes, each.step_seconds),
-        lambda each: (each.host_bytes, each.step_seconds),
-    )
+    ends = {
+        "the fastest that fits" if fitting else "the fastest": lambda each: (each.step_seconds, each.least_upper_bytes),
+        "the smallest": lambda each: (each.least_upper_bytes, each.step_seconds),
+        "the least host memory": lambda each: (each.host_bytes, each.step_seconds),
+    }
     # What the optimizer remembers is worth more than what resetting it saves: such schedules come first.
     keeping = pareto([each for each in fitting or outlines if each.schedule.states == chosen.schedule.states])
-    preferred = [min(found, key=order) for found in (keeping, pool) for order in orders if found]
-    picked: list[Outline] = []
-    known: list[tuple[float, float, float]] = [(chosen.peak.upper_bytes, chosen.step_seconds, chosen.peak.host_bytes)]
-    for outline in preferred:
+    resetting = pareto([each for each in fitting or outlines if each.schedule.states != chosen.schedule.states])
+    preferred = [(what, min(keeping, key=end)) for what, end in ends.items() if keeping]
+    preferred += [(f"{what} with states reset", min(resetting, key=end)) for what, end in ends.items() if resetting]
+    picked: list[tuple[str, Outline]] = []
+    known = [_figures(chosen)]
+    for at, (what, outline) in enumerate(preferred):
         figures = _figures(outline)
         if any(all(a > _NOTABLE * b for a, b in zip(figures, each, strict=True)) for each in known):
             continue
         known.append(figures)
-        picked.append(outline)
-    return sorted(picked[:MAX_FRONT], key=lambda each: each.step_seconds)
+        gains = [ours <= _NOTABLE * theirs for ours, theirs in zip(figures, known[0], strict=True)]
+        is_end = gains[at % len(ends)]  # of what does not differ notably, one is the least by chance
+        picked.append((what if is_end else _GAINS[gains.index(True)] if any(gains) else "between", outline))
+    return sorted(picked[:MAX_FRONT], key=lambda each: each[1].step_seconds)
 
 
 def pareto(outlines: Sequence[Outline]) -> list[Outline]:
@@ -156,8 +226,11 @@ def pareto(outlines: Sequence[Outline]) -> list[Outline]:
     return kept
 
 
+_GAINS = ("faster", "smaller", "less host memory")
+
+
 def _figures(outline: Outline) -> tuple[float, float, float]:
-    return outline.least_upper_bytes, outline.step_seconds, outline.host_bytes
+    return outline.step_seconds, outline.least_upper_bytes, outline.host_bytes
 
 
 def _difference(found: Evaluation, chosen: Evaluation) -> str:
