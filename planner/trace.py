@@ -6,6 +6,7 @@ Only distinct blocks are traced: of equal layers three are kept, and :mod:`plann
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -111,7 +112,7 @@ class ModelTracer:
     def _signature(self, index: int) -> str:
         layer = self.layers[index]
         kind = self._layer_types[index] if self._layer_types else ""
-        modules = [(name, type(module).__name__) for name, module in layer.named_modules()]
+        modules = [(name, type(module).__name__, _switches(module)) for name, module in layer.named_modules()]
         shapes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
         place = 0 if self._is_composed else index  # an encoder's layers and a decoder's: no two are traced as one
         return hashlib.sha256(repr((kind, modules, shapes, place)).encode()).hexdigest()[:16]
@@ -261,6 +262,12 @@ class ModelTracer:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _switches(module: nn.Module) -> list[tuple[str, bool]]:
+    """Flags that a family sets layer by layer: every fourth SmolLM3 attention has no rotary positions (0 or 1)."""
+    flags = ((name, value) for name, value in vars(module).items() if isinstance(value, int) and value in (0, 1))
+    return sorted((name, bool(value)) for name, value in flags if not re.search("idx|index|layer", name))
 
 
 def _release(ordinal: int, piece: ActiveSlice) -> None:

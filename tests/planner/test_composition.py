@@ -36,6 +36,7 @@ CONFIGS = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 211, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 128},
     "opt": {**BASE, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt_neox": {**BASE, "model_type": "gpt_neox"},
+    "smollm3": {**BASE, "model_type": "smollm3", "no_rope_layer_interval": 4},
 }
 SPECS = [
     ("cpu", {"loss": "fused", "precision": "bf16"}),
