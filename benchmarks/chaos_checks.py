@@ -183,18 +183,24 @@ class _Job:
                 yield f"attempt {later.number} began before attempt {earlier.number} had ended"
 
     def _lineage(self) -> Iterator[str]:
-        """The loss curve holds each step once, and every attempt began where a checkpoint was."""
+        """The loss curve holds each step once, and every attempt began where an earlier one had been.
+
+        A trainer that is killed between saving a checkpoint and reporting it leaves one that is whole and resumed from.
+        """
         steps = [row.step for row in self._metrics if row.kind == "train" and not row.superseded]
         self.counts["steps"] += len(steps)
         self.counts["steps taken again"] += sum(row.kind == "train" and row.superseded for row in self._metrics)
         is_whole = self.row.state is JobState.SUCCEEDED
         if steps != list(range(1, self._max_steps + 1 if is_whole else len(steps) + 1)):
             yield f"its loss curve has {_holes(steps)}"
-        saved: set[int] = {0}
+        reached, saved = 0, {0}
         for attempt in self.attempts:
-            if attempt.resumed_step is not None and attempt.resumed_step not in saved:
-                yield f"attempt {attempt.number} began at step {attempt.resumed_step}, where there was no checkpoint"
-            self.counts["attempts that resumed"] += bool(attempt.resumed_step)
+            resumed = attempt.resumed_step or 0
+            if resumed > reached:
+                yield f"attempt {attempt.number} began at step {resumed}, nobody had got beyond {reached}"
+            self.counts["attempts that resumed"] += resumed > 0
+            self.counts["of them from a checkpoint that was not reported yet"] += resumed not in saved
+            reached = max(reached, attempt.last_step or 0)
             saved |= {row.step for row in self._checkpoints if row.attempt_id == attempt.id}
 
     def _result(self) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from engine.errors import InputError
 from service.app import create_app
+from service.clock import Clock
 from service.db import upgrade
 from service.errors import field_errors
 from service.logs import configure_logging
@@ -38,14 +39,18 @@ class OpenDoor(Exception):
     """The service would listen to others and nobody could have a key."""
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, clock: Clock | None = None) -> None:
     """Serves until SIGTERM or Ctrl-C; running attempts are then stopped at a checkpoint and queued again.
+
+    Args:
+        settings: where and how.
+        clock: by default the machine's.
 
     Raises:
         OpenDoor: the host is not loopback, and there is no valid key.
     """
     configure_logging(settings.log_format)
-    app: FastAPI = create_app(settings)
+    app: FastAPI = create_app(settings, clock=clock)
     _check_door(settings, app.state.services)
     config = uvicorn.Config(
         app,

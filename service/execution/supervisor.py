@@ -48,7 +48,8 @@ class Following:
     """What it may take of its device."""
     measured_bytes: int = 0
     """Its highest allocation in its newest step."""
-    offset: int = 0
+    offset: int | None = 0
+    """Up to where its event file is in the database; None when that has to be looked up."""
     has_begun: bool = False
     """Set when its process is on record."""
     kill_at: float | None = None
@@ -113,6 +114,8 @@ class Supervisor:
         except Exception:
             # The database may be away for a while: what was not written is written at the next tick.
             log.exception("the supervisor's round failed")
+            for following in self._following.values():
+                following.offset = None  # a commit that was not answered may have been one
             self._stop_without_lease()
             if self._stopping.is_set():
                 self._stop_without_database()
@@ -159,6 +162,8 @@ class Supervisor:
 
     def _drain(self, following: Following) -> None:
         path = self._attempt_dir(following.handle) / "events.jsonl"
+        if following.offset is None:
+            following.offset = self._ledger.offset(following.handle)
         while (batch := read_messages(path, following.offset)).next_offset > following.offset:
             if self._ledger.ingest(following.handle, batch, following.offset):
                 self._metrics.drift.labels(following.handle.device).inc()
