@@ -301,13 +301,12 @@ class Watch(threading.Thread):
 class Killer:
     """Kills at random moments, and starts again what was killed."""
 
-    def __init__(self, stage: Stage, tally: Tally, num_jobs: int, num_kills: int, seed: int) -> None:
+    def __init__(self, stage: Stage, tally: Tally, num_jobs: int, deck: list[str], seed: int) -> None:
         self._stage = stage
         self._tally = tally
         self._random = random.Random(f"killer {seed}")
-        deck = [kind for kind, weight in WEIGHTS.items() for _ in range(-(-weight * num_kills // 50))]
-        self._deck = self._random.sample(deck, num_kills)
-        self._after = sorted(self._random.uniform(0, num_jobs * 0.92) for _ in range(num_kills))
+        self._deck = deck
+        self._after = sorted(self._random.uniform(0, num_jobs * 0.92 - 1) for _ in deck)
         self._database = Database(stage.database_url)
         self._pause = threading.Event()
 
@@ -401,8 +400,14 @@ class Killer:
         return any(f"/{pid}/" in owner for (owner,) in owners)
 
 
+def shuffled_deck(num_kills: int, seed: int) -> list[str]:
+    """Kinds of kills, about as many of each as `WEIGHTS` says."""
+    deck = [kind for kind, weight in WEIGHTS.items() for _ in range(-(-weight * num_kills // 50))]
+    return random.Random(f"deck {seed}").sample(deck, num_kills)
+
+
 def chaos(
-    folder: Path, database_url: str, num_jobs: int, num_kills: int, seed: int, minutes: float = math.inf
+    folder: Path, database_url: str, num_jobs: int, deck: list[str], seed: int, minutes: float = math.inf
 ) -> dict[str, Any]:
     """The run and what it showed; after so many minutes users submit no more."""
     begin = time.monotonic()
@@ -416,7 +421,7 @@ def chaos(
         stage.server.wait_until_ready(PATIENCE_SECONDS)
         for thread in (watch, *users):
             thread.start()
-        Killer(stage, tally, num_jobs, num_kills, seed).run(users)
+        Killer(stage, tally, num_jobs, deck, seed).run(users)
         for user in users:
             user.join()
             if user.error is not None:
@@ -473,7 +478,8 @@ def main() -> int:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with database(arguments.database, folder) as url:
-            result = chaos(folder, url, arguments.jobs, arguments.kills, arguments.seed, arguments.minutes)
+            deck = shuffled_deck(arguments.kills, arguments.seed)
+            result = chaos(folder, url, arguments.jobs, deck, arguments.seed, arguments.minutes)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "command": f"python -m benchmarks.chaos {' '.join(sys.argv[1:])}",

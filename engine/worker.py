@@ -154,6 +154,10 @@ def main() -> int:
     if arguments.lock_file and lock is None:
         print("the device is in use by another trainer", file=sys.stderr)
         return EXIT_DEVICE_BUSY
+    own = lock_device(arguments.run_dir / ".lock")
+    if own is None:
+        print("another trainer runs this job", file=sys.stderr)
+        return EXIT_DEVICE_BUSY
     report = EventFile(arguments.run_dir / "attempts" / str(arguments.attempt) / "events.jsonl")
     return run_attempt(arguments.run_dir, report, stop)
 

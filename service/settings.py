@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     """Between the request to stop and the kill."""
     retry_delay_seconds: Seconds = 5.0
     """Before a requeued job is tried again."""
+    min_free_bytes: Annotated[int, Field(ge=0)] = GIBIBYTE
+    """No job is started while the disk of ``data_dir`` has less than this left."""
     poll_seconds: Seconds = 0.25
     """How often the supervisor looks after its attempts, and streams after new events."""
 

@@ -168,7 +168,7 @@ def start_server(
     """Starts real servers on one database and one data folder; ends them, and asserts that no trainer is left."""
     servers: list[LiveServer] = []
 
-    def start(**settings: object) -> LiveServer:
+    def start(module: str = "service.serve", **settings: object) -> LiveServer:
         environment = {
             "CHUNKPLAN_DATABASE_URL": database_url,
             "CHUNKPLAN_DATA_DIR": str(tmp_path / "var"),
@@ -177,7 +177,7 @@ def start_server(
             "CHUNKPLAN_CACHE_DIR": str(trace_cache),
             **{f"CHUNKPLAN_{name.upper()}": str(value) for name, value in settings.items()},
         }
-        server = LiveServer(environment, tmp_path / "server.log")
+        server = LiveServer(environment, tmp_path / "server.log", module=module)
         servers.append(server)
         server.wait_until_ready()
         return server

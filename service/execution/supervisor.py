@@ -81,6 +81,7 @@ class Supervisor:
         self._dispatcher = Dispatcher(self._ledger, replanner, devices)
         self._following: dict[str, Following] = {}
         self._recover_at = clock.elapsed()
+        self._has_told_of_full_disk = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._is_queue_ordered = False
@@ -238,8 +239,20 @@ class Supervisor:
             else:
                 self._forget(following)
 
+    def _has_room(self) -> bool:
+        """Whether the disk has room: on a full one every queued job would fail, one after the other."""
+        self._settings.runs_dir.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(self._settings.runs_dir).free
+        has_room = free_bytes >= self._settings.min_free_bytes
+        if not has_room and not self._has_told_of_full_disk:
+            log.warning("the disk is full: no job is started", free_bytes=free_bytes)
+        self._has_told_of_full_disk = not has_room
+        return has_room
+
     def _dispatch(self) -> None:
         self._dispatcher.collect()
+        if not self._has_room():
+            return
         for device in self.devices:
             while (claimed := self._dispatcher.claim(device)) is not None:
                 self._launch(claimed, device)

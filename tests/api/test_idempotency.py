@@ -45,6 +45,14 @@ def test_a_request_in_flight_is_409_until_its_claim_runs_out(client, dataset, se
     assert client.post("/v1/jobs", json=job_request(dataset), headers=KEY).status_code == 201
 
 
+def test_a_claim_does_not_outlive_a_clock_that_is_set_back(client, dataset, services, clock):
+    keys = IdempotencyKeys(services.database, clock, claim_seconds=10)
+    clock.jump(hours=5)
+    keys.claim("default", "lost", "0" * 64)
+    clock.jump(hours=-5)
+    assert isinstance(keys.claim("default", "lost", "0" * 64), Claim)
+
+
 def test_requests_at_the_same_time_make_one_job(client, dataset):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: client.post("/v1/jobs", json=job_request(dataset), headers=KEY), range(4)))

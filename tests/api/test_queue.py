@@ -11,6 +11,8 @@ from service.db.tables import JobRow
 from service.execution.devices import Device
 from service.execution.identity import ProcessIdentity
 from service.execution.ledger import Ledger
+from service.execution.local import LocalExecution
+from service.execution.supervisor import Supervisor
 from service.ids import new_id
 from service.jobs.states import JobState
 from service.operation.retention import Retention
@@ -222,3 +224,22 @@ def test_a_key_is_forgotten_after_its_retention(client, clock, settings, service
     clock.advance(hours=settings.idempotency_retention_hours, seconds=1)
     assert Retention(services.database, settings, clock).prune()["idempotency_keys"] == 1
     assert client.post("/v1/jobs", json=job_request(dataset), headers=headers).json()["id"] != first
+
+
+def test_a_clock_that_is_set_back_delays_nobody(client, clock, settings, dataset, ledger, device):
+    clock.jump(hours=5)
+    submit(client, clock, dataset)
+    handle = ledger.claim(device).handle
+    ledger.finish(handle, 76)
+    assert ledger.claim(device) is None
+    clock.jump(hours=-5)
+    assert ledger.claim(device).handle.job_id == handle.job_id
+
+
+def test_nothing_is_started_on_a_full_disk(client, clock, settings, services, dataset, device):
+    job_id = submit(client, clock, dataset)
+    full = settings.model_copy(update={"min_free_bytes": 2**60})
+    execution, identity = LocalExecution(settings.locks_dir), ProcessIdentity.current()
+    Supervisor(services.database, execution, [device], full, clock, identity, services.metrics).tick()
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert (job["state"], job["num_attempts"]) == ("queued", 0)

@@ -32,22 +32,24 @@ def free_port() -> int:
 
 
 class LiveServer:
-    """``python -m service.serve`` on a free port, or a given one."""
+    """``python -m service.serve``, or a test's own way to it, on a free port or a given one."""
 
-    def __init__(self, environment: dict[str, str], log: Path, port: int | None = None) -> None:
+    def __init__(
+        self, environment: dict[str, str], log: Path, port: int | None = None, module: str = "service.serve"
+    ) -> None:
         port = port or free_port()
         self._log = log
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHUNKPLAN_")}
         environment = inherited | {"CHUNKPLAN_PORT": str(port), "OMP_NUM_THREADS": "1"} | environment
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "service.serve"], env=environment, stdout=file, stderr=subprocess.STDOUT
+                [sys.executable, "-m", module], env=environment, stdout=file, stderr=subprocess.STDOUT
             )
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=150)
 
     def wait_until_ready(self, seconds: float = 60) -> None:
         """Returns when the server answers that it is ready."""
-        wait_for(self._is_ready, "the server to be ready", seconds)
+        wait_for(self.is_ready, "the server to be ready", seconds)
 
     @property
     def pid(self) -> int:
@@ -129,7 +131,8 @@ class LiveServer:
 
         return wait_for(probe, f"an attempt of job {job_id} to end", 90)
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether it answers that it is."""
         assert self._process.poll() is None, self._log.read_text()
         try:
             return self.http.get("/readyz").status_code == 200

@@ -60,6 +60,11 @@ class PostgresCluster:
         self._run(
             "initdb", "-D", str(data), "-U", "tests", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"
         )
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Starts the server, on the port that it always has."""
         options = ["listen_addresses=127.0.0.1", f"unix_socket_directories={self._folder}", "fsync=off"]
         options += ["synchronous_commit=off", "full_page_writes=off", "max_connections=100", "shared_buffers=32MB"]
         arguments = [item for option in options for item in ("-c", option)]
@@ -68,7 +73,7 @@ class PostgresCluster:
             *self._prefix(),
             str(self._binaries / "postgres"),
             "-D",
-            str(data),
+            str(self._folder / "data"),
             "-p",
             str(self._port),
             *arguments,
@@ -76,14 +81,18 @@ class PostgresCluster:
         self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
         log.close()
         wait_for(self._answers, "the Postgres cluster to answer")
-        return self
+
+    def stop(self) -> None:
+        """Ends the server at once, and every connection with it."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(timeout=30)
+            self._process = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGQUIT)
-            self._process.wait(timeout=30)
+        self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _answers(self) -> bool:

@@ -1,0 +1,25 @@
+"""The real server with a time of day that can be set: ``CLOCK_OFFSET_FILE`` holds how many seconds it is off."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from service.clock import SystemClock
+from service.serve import serve
+from service.settings import Settings
+
+
+class JumpingClock(SystemClock):
+    """The machine's clock, and what the file adds."""
+
+    def now(self) -> datetime:
+        """As somebody has set it."""
+        return super().now() + timedelta(seconds=float(Path(os.environ["CLOCK_OFFSET_FILE"]).read_text()))
+
+
+if __name__ == "__main__":
+    serve(Settings(), JumpingClock())
+    sys.exit(0)
