@@ -107,14 +107,25 @@ class Stage:
             **{f"CHUNKPLAN_{name}": str(value) for name, value in SETTINGS.items()},
         }
         self._others: set[int] = set()
-        self.server = self.start_server()
+        self._plan_once()
+        self.server = self.start_server(elsewhere=True)
 
-    def start_server(self, *, elsewhere: bool = False) -> LiveServer:
+    def start_server(self, *, elsewhere: bool = False, **settings: object) -> LiveServer:
         """A server on the port of the last one, or on another."""
-        port = free_port() if elsewhere or not hasattr(self, "url") else httpx.URL(self.url).port
-        server = LiveServer(self._environment | {"CHUNKPLAN_PORT": str(port)}, self.folder / "server.log", port)
+        port = free_port() if elsewhere else httpx.URL(self.url).port
+        given = {"CHUNKPLAN_PORT": str(port)} | {f"CHUNKPLAN_{name}": str(value) for name, value in settings.items()}
+        server = LiveServer(self._environment | given, self.folder / "server.log", port)
         self.server, self.url = server, str(server.http.base_url)
         return server
+
+    def _plan_once(self) -> None:
+        """The first plan traces, which takes minutes where the machine is busy; later ones need not."""
+        server = self.start_server(elsewhere=True, PLAN_TIMEOUT_SECONDS=PATIENCE_SECONDS)
+        server.wait_until_ready(PATIENCE_SECONDS)
+        server.http.timeout = PATIENCE_SECONDS
+        answer = server.http.post("/v1/jobs", params={"dry_run": True}, json=self.request())
+        assert answer.status_code == 200, answer.text
+        server.close()
 
     def request(self) -> dict[str, Any]:
         """The job that everybody submits: whatever happens to it, its weights end the same."""

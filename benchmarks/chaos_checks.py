@@ -160,7 +160,7 @@ class _Job:
         lines = [json.loads(line) for line in content[:end].splitlines()]
         self.counts["trainers' lines"] += len(lines)
         stored = [event for event in self.events if event.attempt_id == attempt.id and event.type != "state"]
-        if [_said(line) for line in lines] != [(event.type, event.created_at, event.data) for event in stored]:
+        if [_said(line) for line in lines] != [_stored(event) for event in stored]:
             yield f"{name}: {len(lines)} lines were reported, {len(stored)} events are stored, and they differ"
         steps = [line for line in lines if line["type"] == "step"]
         metrics = [row for row in self._metrics if row.attempt_id == attempt.id and row.kind == "train"]
@@ -216,7 +216,12 @@ class _Job:
 
 def _said(line: dict[str, Any]) -> tuple[str, datetime, dict[str, Any]]:
     left_out = _NOT_IN_EVENTS | ({"samples"} if line["type"] == "step" else set())
-    return line["type"], _time(line), {name: value for name, value in line.items() if name not in left_out}
+    said = {name: value for name, value in line.items() if name not in left_out and value is not None}
+    return line["type"], _time(line), said
+
+
+def _stored(event: EventRow) -> tuple[str, datetime, dict[str, Any]]:
+    return event.type, event.created_at, {name: value for name, value in event.data.items() if value is not None}
 
 
 def _time(line: dict[str, Any]) -> datetime:

@@ -170,7 +170,7 @@ def _check(outcome: Outcome, run: LocalRun) -> None:
     if outcome.exit_code == _STOPPED:
         raise CommandError(f"stopped after update {outcome.last_step}; the same command resumes", FAILED)
     if outcome.exit_code == _DEVICE_BUSY:
-        raise CommandError(f"{run.launch.device} is in use by another trainer", FAILED)
+        raise CommandError(f"{run.launch.device}, or this run, is in use by another trainer", FAILED)
     failure = outcome.failure or {}
     if failure.get("reason") == "input" and failure.get("field"):
         raise InputError(failure["field"], failure["detail"])

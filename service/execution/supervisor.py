@@ -254,13 +254,18 @@ class Supervisor:
         if not self._has_room():
             return
         for device in self.devices:
+            lease_until = self._lease_until()
             while (claimed := self._dispatcher.claim(device)) is not None:
-                self._launch(claimed, device)
+                self._launch(claimed, device, lease_until)
+                lease_until = self._lease_until()
 
-    def _launch(self, claimed: Claimed, device: Device) -> None:
+    def _lease_until(self) -> float:
+        """Of a lease that is written next: counted from before, so that it is over here before it is elsewhere."""
+        return self._clock.elapsed() + self._settings.lease_seconds
+
+    def _launch(self, claimed: Claimed, device: Device, lease_until: float) -> None:
         handle = claimed.handle
         run_dir = self._settings.runs_dir / handle.job_id
-        lease_until = self._clock.elapsed() + self._settings.lease_seconds
         share = Share(claimed.upper_bytes, device.memory_bytes, device.max_jobs) if device.max_jobs > 1 else None
         with structlog.contextvars.bound_contextvars(job_id=handle.job_id, attempt_id=handle.attempt_id):
             try:
