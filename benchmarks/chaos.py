@@ -123,8 +123,13 @@ class Stage:
         server = self.start_server(elsewhere=True, PLAN_TIMEOUT_SECONDS=PATIENCE_SECONDS)
         server.wait_until_ready(PATIENCE_SECONDS)
         server.http.timeout = PATIENCE_SECONDS
-        answer = server.http.post("/v1/jobs", params={"dry_run": True}, json=self.request())
-        assert answer.status_code == 200, answer.text
+
+        def probe() -> bool:
+            answer = server.http.post("/v1/jobs", params={"dry_run": True}, json=self.request())
+            assert answer.status_code in {200, 503}, answer.text
+            return answer.status_code == 200
+
+        wait_for(probe, "the first plan", PATIENCE_SECONDS)
         server.close()
 
     def request(self) -> dict[str, Any]:
