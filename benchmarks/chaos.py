@@ -180,10 +180,11 @@ class User(threading.Thread):
 
     def run(self) -> None:
         try:
-            for number in self._jobs:
-                if time.monotonic() > self._until:
-                    return
-                self._tally.add(self._one(number))
+            with self._http:
+                for number in self._jobs:
+                    if time.monotonic() > self._until:
+                        return
+                    self._tally.add(self._one(number))
         except BaseException as error:  # the main thread tells
             self.error = error
 
@@ -267,12 +268,13 @@ class Listener(threading.Thread):
     def run(self) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS * 3
         pause = threading.Event()
-        while not self._is_over and time.monotonic() < deadline:
-            with suppress(httpx.HTTPError):
-                self._listen()
-            if not self._is_over:
-                self._tally.count("streams resumed")
-                pause.wait(0.2)
+        with self._http:
+            while not self._is_over and time.monotonic() < deadline:
+                with suppress(httpx.HTTPError):
+                    self._listen()
+                if not self._is_over:
+                    self._tally.count("streams resumed")
+                    pause.wait(0.2)
 
     def _listen(self) -> None:
         headers = {"Last-Event-ID": str(self.seen[-1][0])} if self.seen else {}
