@@ -10,7 +10,7 @@ from tests.support.live import gone
 from tests.support.waiting import wait_for
 
 JUMPING = "tests.support.jumping_server"
-SETTINGS = {"lease_seconds": 3, "database_timeout_seconds": 2, "stop_grace_seconds": 2, "retry_delay_seconds": 0.1}
+SETTINGS = {"lease_seconds": 8, "database_timeout_seconds": 2, "stop_grace_seconds": 2, "retry_delay_seconds": 0.1}
 
 
 @pytest.mark.slow
@@ -30,19 +30,19 @@ def test_leases_and_grace_outlive_clocks_that_are_set(start_server, dataset, dat
         def lease():
             return connection.execute("SELECT lease_expires_at FROM attempts WHERE ended_at IS NULL").fetchone()[0]
 
-        def jump(hours):
-            """Sets the clock; returns when its server has kept its lease by it for more than a lease's time."""
+        def jump(hours, renewals):
+            """Sets the clock; returns when its server has renewed its lease by it, every third of a lease's time."""
             offset.write_text(str(hours * 3600))
-            for _ in range(5):
+            for _ in range(renewals):
                 last = lease()
                 wait_for(lambda last=last: lease() != last, "the lease to be renewed")
             assert abs(lease() - datetime.now(UTC) - timedelta(hours=hours)) < timedelta(minutes=1)
 
-        jump(5)
-        jump(-5)  # the other server sees a lease that ran out five hours ago, and that is renewed
+        jump(5, renewals=2)
+        jump(-5, renewals=5)  # the other server sees a lease that ran out five hours ago, and that is renewed
         assert not gone(trainer)
         assert [attempt["ended_at"] for attempt in other.get(f"/v1/jobs/{job_id}/attempts")["data"]] == [None]
-        jump(5)  # now it has five hours to go, and nobody will renew it
+        jump(5, renewals=2)  # now it has five hours to go, and nobody will renew it
     jumping.suspend()
     try:
         other.wait_for_events(job_id, "started", 2)
