@@ -11,11 +11,10 @@ from service.db.tables import JobRow
 from service.execution.devices import Device
 from service.execution.identity import ProcessIdentity
 from service.execution.ledger import Ledger
-from service.execution.local import LocalExecution
-from service.execution.supervisor import Supervisor
 from service.ids import new_id
 from service.jobs.states import JobState
 from service.operation.retention import Retention
+from service.services import build_services
 from tests.api.requests import job_request
 
 
@@ -236,10 +235,10 @@ def test_a_clock_that_is_set_back_delays_nobody(client, clock, settings, dataset
     assert ledger.claim(device).handle.job_id == handle.job_id
 
 
-def test_nothing_is_started_on_a_full_disk(client, clock, settings, services, dataset, device):
+def test_nothing_is_started_on_a_full_disk(client, clock, settings, services, dataset):
     job_id = submit(client, clock, dataset)
-    full = settings.model_copy(update={"min_free_bytes": 2**60})
-    execution, identity = LocalExecution(settings.locks_dir), ProcessIdentity.current()
-    Supervisor(services.database, execution, [device], full, clock, identity, services.metrics).tick()
+    full = build_services(settings.model_copy(update={"min_free_bytes": 2**60}), services.planner, clock)
+    full.supervisor.tick()
+    full.database.dispose()
     job = client.get(f"/v1/jobs/{job_id}").json()
     assert (job["state"], job["num_attempts"]) == ("queued", 0)
