@@ -111,7 +111,7 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(chunkplan, job_file, 
     ("changes", "message"),
     [
         ({"model": "gpt2"}, "model: the weights of 'gpt2' are not in "),
-        ({"gpu": "rtx-4090"}, "gpu: there is no device here to run 'rtx-4090' on"),
+        ({"gpu": "rtx-4090"}, "gpu: no device of kind cuda here to run 'rtx-4090' on"),
         ({"gpu": {"name": "x"}}, "gpu.memory_bytes: Field required"),
         ({"dataset": {"path": "nowhere.jsonl"}}, "dataset.path: "),
         ({"dataset": {"path": None, "file_id": "file_x"}}, "dataset.file_id: uploads belong to a service"),
