@@ -1,12 +1,11 @@
 """Real training runs on the CPU against their plans: python -m benchmarks.planner_accuracy [--output FILE].
 
 Every case trains a randomly initialised model through the engine for one cycle, reads the allocator's own record
-(torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same request. Then the
-same case runs as a job does, in a trainer's process of its own (benchmarks/trainer_process.py), and the process's
-highest resident memory is compared with ``device_bytes`` and ``upper_bytes``.
+(torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same request. What a
+job's process takes as a whole is benchmarks/trainer_process.py.
 
 What is in the output file is not run again, unless planner, engine or this file have changed: it can be stopped at
-any time, and ``--minutes`` ends it between two cases. ``--fit`` writes the processes as the planner's own calibration.
+any time, and ``--minutes`` ends it between two cases.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.peers import PEERS, peers_say
-from benchmarks.trainer_process import is_runnable, process_peak_bytes
 from engine import ChunkFT
 from engine.lora import add_adapters
 from engine.models import DTYPES, attention_for
@@ -41,13 +38,12 @@ from engine.spec import TrainingSpec
 from engine.tasks import Task, task_of, task_of_config
 from planner import PLANNER_VERSION, Plan, PlanRequest, plan
 from planner.cache import code_digest
-from planner.calibration import BUILT_IN, Calibration, Observation, write_calibration
 from planner.residuals import STEP, Residual, residuals
 
 RESULTS = Path(__file__).parent / "results" / "planner_accuracy.json"
 
 
-def _llama_like(model_type: str, **changes: Any) -> dict[str, Any]:
+def llama_like(model_type: str, **changes: Any) -> dict[str, Any]:
     base = {
         "vocab_size": 8003, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "bos_token_id": 1,
@@ -57,13 +53,13 @@ def _llama_like(model_type: str, **changes: Any) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _llama_like("llama"),
-    "llama-tied": _llama_like("llama", tie_word_embeddings=True),
-    "qwen2": _llama_like("qwen2"),
-    "qwen3": _llama_like("qwen3", head_dim=32),
-    "mistral": _llama_like("mistral", sliding_window=64),
-    "phi3": _llama_like("phi3", num_key_value_heads=8),
-    "gemma2": _llama_like("gemma2", head_dim=32, sliding_window=64),
+    "llama": llama_like("llama"),
+    "llama-tied": llama_like("llama", tie_word_embeddings=True),
+    "qwen2": llama_like("qwen2"),
+    "qwen3": llama_like("qwen3", head_dim=32),
+    "mistral": llama_like("mistral", sliding_window=64),
+    "phi3": llama_like("phi3", num_key_value_heads=8),
+    "gemma2": llama_like("gemma2", head_dim=32, sliding_window=64),
     "gpt2": {
         "model_type": "gpt2", "vocab_size": 8003, "n_embd": 256, "n_layer": 5, "n_head": 8, "n_positions": 1024,
         "bos_token_id": 1, "eos_token_id": 2,
@@ -77,8 +73,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 2048,
         "bos_token_id": 1, "eos_token_id": 2,
     },
-    "mixtral": _llama_like("mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": _llama_like(
+    "mixtral": llama_like("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": llama_like(
         "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128
     ),
     "bert": {
@@ -337,8 +333,7 @@ def versions() -> dict[str, Any]:
 def code_version() -> str:
     """Digest of what the figures depend on: traced code, and this benchmark's."""
     digest = hashlib.sha256(code_digest().encode())
-    for name in ("planner_accuracy.py", "trainer_process.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -355,52 +350,6 @@ def run(item: Case) -> dict[str, Any]:
         "steps": [residual.model_dump() for residual in chunks],
         "phases": [residual.model_dump() for residual in found if residual.phase != STEP],
         "peers": peers_say(CONFIGS[item.model], answer.model.num_parameters, item.training),
-    }
-
-
-def run_process(item: Case) -> dict[str, Any]:
-    """The same case as a job: resident memory of the trainer's process beside the plan."""
-    answer = planned(item)
-    measured = process_peak_bytes(CONFIGS[item.model], item.training)
-    return {
-        "plan_id": answer.id,
-        "process_bytes": measured,
-        "device_bytes": answer.peak.device_bytes,
-        "upper_bytes": answer.peak.upper_bytes,
-        "weights_bytes": answer.model.parameter_bytes,
-        "growth_bytes": answer.peak.growth_bytes,
-    }
-
-
-def bounds(rows: list[dict[str, Any]]) -> tuple[list[Observation], dict[str, Any]]:
-    """The processes as observations, and how far their plans' own bounds were above them.
-
-    A bound fitted from the same processes says nothing: it is never below them. Plans had theirs before the run.
-    """
-    processes = [row["process"] for row in rows if row.get("process")]
-    known = [
-        Observation(
-            plan_id=process["plan_id"],
-            predicted_bytes=process["device_bytes"],
-            weights_bytes=process["weights_bytes"],
-            measured_bytes=process["process_bytes"],
-        )
-        for process in processes
-        if not process["growth_bytes"]
-    ]
-    for process in processes:
-        process["upper_above"] = process["upper_bytes"] / process["process_bytes"] - 1
-    steady = [process for process in processes if not process["growth_bytes"]]
-    above = [process["upper_above"] for process in steady]
-    points = [process["device_bytes"] / process["process_bytes"] - 1 for process in steady]
-    return known, {
-        "num_processes": len(processes),
-        "num_growing": len(processes) - len(steady),
-        "upper_below_measured": sum(process["upper_above"] < 0 for process in processes),
-        "upper_mean_above": sum(above) / len(above) if above else None,
-        "upper_max_above": max(above, default=None),
-        "device_mean_error": sum(points) / len(points) if points else None,
-        "device_mean_absolute": sum(map(abs, points)) / len(points) if points else None,
     }
 
 
@@ -432,7 +381,6 @@ def result_of(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "num_runs": len(rows),
         "per_chunk": summary(steps),
         "per_phase": summary(phases),
-        "bound": bounds(rows)[1],
         "peers": peer_summary(rows),
         "configs": CONFIGS,
         "runs": rows,
@@ -444,10 +392,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=60.0, help="no case begins later than this")
-    parser.add_argument("--jobs", type=int, default=2, help="trainer processes at once")
     parser.add_argument("--cases", type=int, help="only every n-th case, so that this many are run")
-    parser.add_argument("--skip-processes", action="store_true", help="allocated bytes only")
-    parser.add_argument("--fit", action="store_true", help="write the planner's own calibration of the CPU")
     arguments = parser.parse_args()
     begin = time.perf_counter()
     until = begin + 60 * arguments.minutes
@@ -475,34 +420,14 @@ def main() -> None:
                 f"{item.name:88} {row['peak_bytes'] / 1e6:8.2f} {row['mean_absolute']:9.4%} {worst:+9.4%}", flush=True
             )
             save()
-    if not arguments.skip_processes:
-        missing = [i for i in items if i.name in rows and not rows[i.name].get("process") and is_runnable(i.training)]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-
-            def one(item: Case) -> tuple[Case, dict[str, Any]] | None:
-                return (item, run_process(item)) if time.perf_counter() < until else None
-
-            for done in pool.map(one, [item for item in missing if "seq2seq" not in _task(item)]):
-                if done is not None:
-                    rows[done[0].name]["process"] = done[1]
-                    measured, device = done[1]["process_bytes"], done[1]["device_bytes"]
-                    print(f"{done[0].name:88} process {measured / 1e6:8.1f} {device / measured - 1:+8.2%}", flush=True)
-                    save()
     ordered = list(rows.values())
     if not ordered:
         return
     save()
-    observed, bound = bounds(ordered)
-    if arguments.fit and observed:
-        write_calibration(Calibration(devices={"cpu": observed}), BUILT_IN)
     result = json.loads(arguments.output.read_text())
-    for title in ("per_chunk", "per_phase", "bound", "peers"):
+    for title in ("per_chunk", "per_phase", "peers"):
         print(title, json.dumps(result[title]))
-    print(f"{len(ordered)} runs, {bound['num_processes']} processes, in {result['seconds']} s")
-
-
-def _task(item: Case) -> str:
-    return task_of_config(AutoConfig.for_model(**CONFIGS[item.model])).value
+    print(f"{len(ordered)} runs in {result['seconds']} s")
 
 
 def known_rows(path: Path) -> tuple[dict[str, dict[str, Any]], float]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK_NUMEL = 2**20
+_BLOCK_NUMEL = 2**18
 _ODD = 0x9E3779B97F4A7C15 - 2**64
 """Multiples of 2**64 / golden ratio: products with it differ in all bits; sums wrap around."""
 

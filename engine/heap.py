@@ -1,10 +1,11 @@
 """How a trainer's process uses the C library's heap (glibc): steadily, so that its resident memory can be planned.
 
-glibc moves its thresholds while a program runs, and keeps slivers between large blocks in per-thread caches, where they
-stay between the blocks that were freed around them. Without those caches a model of 40 M parameters took 971 MB instead
-of 1025 MB, in no more time (measured once, glibc 2.36, before the thresholds were fixed too). Blocks of 32 MiB or more
-are mapped one by one; smaller ones share a heap that is trimmed after every update and at no other time. Imports no
-torch.
+glibc moves its thresholds while a program runs, and keeps what was freed for later: blocks that do not fit the holes
+make the heap grow, and nobody can say by how much. Here every block of 256 KiB or more is mapped on its own, and goes
+back to the system when it is freed, so that resident memory is what tensors hold. The kernel has to clear such pages
+again each time: docs/decisions/0012-calibration.md has what was measured, and what that costs.
+Small blocks share a heap without per-thread caches, whose slivers keep holes from joining; it is trimmed after every
+update and evaluation. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _VARIABLE = "GLIBC_TUNABLES"
 _SETTINGS = (
     "glibc.malloc.tcache_count=0",
     "glibc.malloc.mxfast=0",
-    f"glibc.malloc.mmap_threshold={32 * 1024**2}",
+    f"glibc.malloc.mmap_threshold={256 * 1024}",
     f"glibc.malloc.trim_threshold={2**31 - 1}",
 )
 

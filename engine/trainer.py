@@ -267,6 +267,7 @@ class Trainer:
             return
         samples: list[Sample] = []
         loss, num_tokens = evaluate(self.model, self._held_out_batches(held_out, samples), self.tuner.options)
+        trim_heap()
         if not math.isfinite(loss):
             raise Diverged(f"held-out loss is {loss} after update {step}; {self._advice()}")
         if step == 0:

@@ -4,7 +4,7 @@ A calibration is a file of observations, each a finished run beside its plan. Wh
 computed when it is read, so that the data stay beside the figures that come from them. The file is
 ``CHUNKPLAN_CALIBRATION``, by default ``calibration.json`` beside the traces; ``chunkplan profiles calibrate`` writes
 it. Without a file, or for devices that it does not name, the observations that come with the planner hold
-(``calibration.json`` in this package, from ``benchmarks.planner_accuracy``), and without any of those
+(``calibration.json`` in this package, from ``benchmarks.trainer_process``), and without any of those
 :data:`DEFAULTS`. Imports no torch.
 """
 
@@ -108,8 +108,14 @@ class Margin(Result):
         return gpu.model_copy(update={name: getattr(gpu, name) / self.time_ratio for name in names})
 
 
-def fit(kind: str, observations: Iterable[Observation]) -> Margin:
+def fit(kind: str, observations: Iterable[Observation], *, shipped: bool = False) -> Margin:
     """The margin of a device of a kind.
+
+    Args:
+        kind: the device's.
+        observations: finished runs on it.
+        shipped: they come with the planner, from another machine: the default's bytes stay whole, for libraries that
+            take more here than there.
 
     The share is the highest residual, which a further run of the same sort exceeds with a chance of 1 in n + 1, and
     the default's share over n + 1: a bound is never below anything that was measured, and few runs widen it. Times
@@ -123,7 +129,7 @@ def fit(kind: str, observations: Iterable[Observation]) -> Margin:
     return Margin(
         num_runs=len(known),
         share=highest + share / (len(known) + 1),
-        fixed_bytes=fixed_bytes // (len(known) + 1),
+        fixed_bytes=fixed_bytes if shipped else fixed_bytes // (len(known) + 1),
         time_ratio=min(max(ratio, 1 / MAX_TIME_RATIO), MAX_TIME_RATIO),
     )
 
@@ -132,10 +138,13 @@ class Calibration(SpecModel):
     """Observations by device: a GPU's name in the catalog, or ``cpu``."""
 
     devices: dict[str, list[Observation]] = Field(default_factory=dict)
+    shipped: frozenset[str] = frozenset()
+    """Devices whose observations come with the planner."""
 
     def margin(self, gpu: GpuSpec) -> Margin:
         """The margin of a device; of its kind's default where it has no observations."""
-        return fit(gpu.kind, self.devices.get(device_key(gpu), []))
+        key = device_key(gpu)
+        return fit(gpu.kind, self.devices.get(key, []), shipped=key in self.shipped)
 
 
 def device_key(gpu: GpuSpec) -> str:
@@ -155,12 +164,12 @@ def calibration() -> Calibration:
     Raises:
         InputError: the user's file cannot be read.
     """
-    path = calibration_path()
+    path, shipped = calibration_path(), _read(BUILT_IN, 0).devices
     try:
-        changed_ns = path.stat().st_mtime_ns
+        own = _read(path, path.stat().st_mtime_ns).devices
     except OSError:
-        return _read(BUILT_IN, 0)
-    return Calibration(devices={**_read(BUILT_IN, 0).devices, **_read(path, changed_ns).devices})
+        own = {}
+    return Calibration(devices={**shipped, **own}, shipped=frozenset(shipped.keys() - own.keys()))
 
 
 @lru_cache(maxsize=4)
@@ -181,5 +190,5 @@ def write_calibration(found: Calibration, path: Path) -> None:
     """Replace a calibration file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-        json.dump(found.model_dump(mode="json"), file, indent=1)
+        json.dump(found.model_dump(mode="json", include={"devices"}), file, indent=1)
     Path(file.name).replace(path)

@@ -6,11 +6,8 @@ Every row says where its number comes from; ``GpuSpec.context_bytes`` overrides 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from engine.spec import Precision, TrainingSpec
 from planner.spec import GpuSpec
 
 MIB = 1024**2
@@ -26,44 +23,8 @@ ONEDNN_TRANSPOSED_BYTES = 914
 """The same for a transposed left matrix (a weight's gradient), per element of the inner dimension: largest of 6."""
 ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
 """Where that stops to grow. Measured at inner dimensions 1024 and 2048."""
-
-HOST_DATA_BYTES = 56 * MIB
-"""Tokenizer, data set and profiler of a run. Measured: resident set between the steps of CPU runs, fp32, 55 MiB."""
-ONEDNN_CODE_BYTES = 23 * MIB
-"""What oneDNN's kernels for 16-bit products add to it on the CPU. Measured: 23 MiB in runs of two sizes."""
-ONEDNN_KERNEL_BYTES = 700 * 1024
-"""One kernel more, which oneDNN compiles for a shape of a 16-bit product and keeps. Measured: 0.66 MB, AVX-512."""
-_PRODUCTS_PER_EXPERT = 6
-"""Two matrices, each in forward, for the gradient of its input and for its own."""
-HEAP_SLACK = 0.38
-"""Holes in the steady heap (engine.heap) within a step, per byte that the step adds to the weights. Measured: 0.35,
-0.38 and 0.40 in runs of three sizes, glibc 2.36."""
 FILE_ITEMSIZE = 2
 """Bytes per parameter of the weights' file, whose pages are resident while they are read; nearly all are bf16."""
-
-
-def cpu_process_bytes(
-    runtime_bytes: int, num_parameters: int, weights_bytes: int, allocated_bytes: int, kept_bytes: int, itemsize: int
-) -> int:
-    """Highest resident set of a run on the CPU: while it loads, in a step, or while it writes the trained model.
-
-    Loading holds the file's pages, converted weights and the engine's own copy; writing a second copy of the weights.
-    """
-    loading = 2 * weights_bytes + FILE_ITEMSIZE * num_parameters
-    stepping = allocated_bytes + kept_bytes + int(HEAP_SLACK * (allocated_bytes - weights_bytes))
-    writing = 2 * weights_bytes + kept_bytes
-    code = ONEDNN_CODE_BYTES if itemsize < 4 else 0
-    return runtime_bytes + HOST_DATA_BYTES + max(loading, code + stepping, code + writing)
-
-
-def compiled_kernels_bytes(training: TrainingSpec, config: Mapping[str, Any]) -> int:
-    """By how much a process on the CPU may grow during a run: an expert may get any number of a micro-batch's tokens,
-    and every number is another shape. 0 without experts, and with fp32 products, for which nothing is compiled.
-    """
-    has_experts = any("expert" in key and isinstance(value, int) and value > 1 for key, value in config.items())
-    if not has_experts or training.compute_precision is Precision.FP32:
-        return 0
-    return training.seq_len * training.micro_batch_size * _PRODUCTS_PER_EXPERT * ONEDNN_KERNEL_BYTES
 
 
 def host_threads() -> int:
@@ -151,8 +112,6 @@ _DRIVER = (
 _RUNTIME_CPU = _Row(
     None, 341, "measured: resident set after importing torch 2.13 (CPU wheel), transformers 5.23 and one model class"
 )
-PEFT_BYTES = 56 * MIB
-"""Host memory that importing peft takes, which only LoRA does. Measured: 53 MiB with peft 0.21."""
 _RUNTIME_CUDA = _Row(
     None, 1365, "the CPU value plus 1 GiB: pytorch issue 113326 reports 0.1 to 1.7 GiB for CUDA start-up"
 )

@@ -14,16 +14,9 @@ from planner.cache import TraceStore, cache_dir, code_digest
 from planner.calibration import Margin, calibration
 from planner.catalog import ModelEntry, find_gpu, find_model
 from planner.footprint import ChunkFootprint, Footprints, Moment
-from planner.overheads import (
-    HOST_DATA_BYTES,
-    PEFT_BYTES,
-    Overheads,
-    compiled_kernels_bytes,
-    cpu_process_bytes,
-    host_threads,
-    overheads,
-)
+from planner.overheads import Overheads, host_threads, overheads
 from planner.phases import host_phases, run_phases
+from planner.process import HOST_DATA_BYTES, PEFT_BYTES, compiled_kernels_bytes, cpu_process_bytes
 from planner.replay import reserved_bytes
 from planner.run_time import run_time, tokens_per_update
 from planner.segments import CATEGORIES
@@ -198,17 +191,17 @@ class Planner:
         self, footprints: Footprints, schedule: ScheduleSpec, allocated: int, reserved: int
     ) -> tuple[int, int]:
         extra, structure = self.overheads, footprints.structure
-        runtime = self._runtime_bytes(footprints.training)
         if self.gpu.kind == "cpu":
             process = cpu_process_bytes(
-                runtime,
-                structure.num_parameters,
-                structure.parameter_bytes,
+                extra.runtime_bytes,
+                footprints.training,
+                self.model.config,
+                structure,
                 allocated,
                 footprints.kept_bytes(schedule),
-                footprints.training.compute_precision.itemsize,
             )
             return process, process
+        runtime = self._runtime_bytes(footprints.training)
         return reserved + extra.context_bytes, runtime + max(host_phases(footprints, schedule).values())
 
     def _runtime_bytes(self, training: TrainingSpec) -> int:
