@@ -66,12 +66,11 @@ def chunks(rate: float, num_chunks: int = 16, **options: Any) -> Setting:
     return Setting("chunkft", rate, {"num_chunks": num_chunks, "order": "random", **options})
 
 
-def equal_time(seed: int) -> list[Setting]:
+def equal_time(seed: int, **options: Any) -> list[Setting]:
     """As many updates of 16 chunks without checkpointing, and of LoRA, as take the same time on a quiet machine."""
     ours = {"expansion": "factored", "expansion_lr": 2e-4, "max_grad_norm": None, "activation_checkpointing": "none"}
     return [
-        replace(chunks(2e-4, **ours, decay="update"), num_updates=69, seed=seed),
-        replace(chunks(2e-4, **ours), num_updates=69, seed=seed),
+        replace(chunks(2e-4, **ours, **options), num_updates=69, seed=seed),
         Setting("lora", 3e-3, num_updates=59, seed=seed),
     ]
 
@@ -109,11 +108,14 @@ def settings() -> list[Setting]:
         replace(unclipped, num_updates=53),
         replace(chunks(3e-4, **factored, **free, activation_checkpointing="none"), num_updates=69),
         *equal_time(0),
+        equal_time(0, decay="update")[0],
         chunks(2e-4, 1, **in_backward),
         Setting("adamw", 3e-5),
         Setting("adafactor", 1e-3),
         Setting("lora", 1e-2),
         Setting("adamw", 1e-3),
+        *equal_time(1),
+        *equal_time(2),
         chunks(1e-4, 4, **factored, expansion_lr=3e-4),
         chunks(1e-4, switch_every=2, **factored, expansion_lr=2e-4),
         Setting("chunkft", 1e-4, {"num_chunks": 16, "order": "descending", **factored, "expansion_lr": 2e-4}),
@@ -126,8 +128,6 @@ def settings() -> list[Setting]:
         Setting("badam", 1e-2),
         Setting("badam", 3e-4),
         chunks(3e-3),
-        *equal_time(1),
-        *equal_time(2),
     ]
 
 
