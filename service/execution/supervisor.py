@@ -254,10 +254,15 @@ class Supervisor:
         if not self._has_room():
             return
         for device in self.devices:
-            lease_until = self._lease_until()
-            while (claimed := self._dispatcher.claim(device)) is not None:
-                self._launch(claimed, device, lease_until)
+            while self._num_jobs(device) < device.max_jobs:
                 lease_until = self._lease_until()
+                claimed = self._dispatcher.claim(device)
+                if claimed is None:
+                    break
+                self._launch(claimed, device, lease_until)
+
+    def _num_jobs(self, device: Device) -> int:
+        return sum(following.handle.device == device.name for following in self._following.values())
 
     def _lease_until(self) -> float:
         """Of a lease that is written next: counted from before, so that it is over here before it is elsewhere."""
