@@ -43,11 +43,12 @@ class Tables(NamedTuple):
 def tables(is_signed: bool, device: torch.device) -> Tables:
     """The map of signed (127 magnitudes and a sign) or unsigned (254 magnitudes) values."""
     decades = [
-        torch.linspace(0.1, 1.0, 2**i * (1 if is_signed else 2) + 1)[1:] * 10.0 ** (i + 1 - _NUM_DECADES)
+        torch.linspace(0.1, 1.0, 2**i * (1 if is_signed else 2) + 1, dtype=torch.float32)[1:]
+        * 10.0 ** (i + 1 - _NUM_DECADES)
         for i in range(_NUM_DECADES)
     ]
-    levels = torch.cat([torch.zeros(1), *decades]).bfloat16().float()
-    numbers = torch.arange((int(torch.ones(1).view(torch.int32)) >> _HALF) + 1, dtype=torch.int32)
+    levels = torch.cat([torch.zeros(1, dtype=torch.float32), *decades]).bfloat16().float()
+    numbers = torch.arange((int(torch.ones(1, dtype=torch.float32).view(torch.int32)) >> _HALF) + 1, dtype=torch.int32)
     magnitudes = (numbers << _HALF).view(torch.float32)
     lower = torch.searchsorted(levels, magnitudes, right=True) - 1
     gaps = levels.diff(append=torch.full((1,), torch.inf))

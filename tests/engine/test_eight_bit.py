@@ -6,7 +6,7 @@ import torch
 from engine import ChunkFT, InputError
 from engine.checkpoint import resume, save_checkpoint
 from engine.optimizer import OptimizerConfig
-from engine.quantise import dequantise, quantise
+from engine.quantise import dequantise, quantise, tables
 from engine.spec import Optimizer, StateDtype, TrainingSpec, parse
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.updates import gradients, random_weight, run
@@ -17,6 +17,18 @@ def stored(exact, is_signed, seed=0):
     codes, scales = torch.zeros(exact.numel(), dtype=torch.uint8), torch.zeros(exact.numel() // 256)
     quantise(exact.clone(), codes, scales, is_signed, torch.Generator().manual_seed(seed))
     return dequantise(codes, scales, is_signed)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_codes_are_the_same_while_a_model_is_built_in_16_bits(is_signed):
+    expected = tables(is_signed, torch.device("cpu"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = tables.__wrapped__(is_signed, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in expected._fields:
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("is_signed", [True, False])
