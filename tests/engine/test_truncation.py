@@ -13,6 +13,7 @@ from engine.profiler import CpuProfiler
 from engine.spec import CheckpointedLayers
 from engine.step import StepOptions, Unobserved, compute_loss, forward_backward, prepared
 from tests.engine.families import tiny_batch, tiny_model
+from tests.engine.memory import held
 
 NUM_LAYERS = 6
 HEADS = ("model.norm", "lm_head", "transformer.ln_f")
@@ -150,9 +151,7 @@ def test_the_top_chunk_peaks_below_the_bottom_chunk(checkpointing):
     batch = tiny_batch(num_rows=8, num_tokens=64)
     peaks = {}
     with ChunkFT(model, num_chunks=16, activation_checkpointing=checkpointing, observer=profiler) as tuner:
-        with profiler.step(), profiler.phase("rest"):
-            torch.empty(1)
-        at_rest = profiler.samples[0].allocated_bytes  # the weights, and what other tests left in this process
+        at_rest = held(profiler)
         for _ in range(16):
             index = tuner.visit.chunk_index
             with profiler.step():
@@ -170,12 +169,13 @@ def test_checkpointing_lowers_the_peak_of_the_bottom_chunk():
     for checkpointing in ("none", "full"):
         profiler = CpuProfiler()
         model = tiny_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=8, vocab_size=400)
+        at_rest = held(profiler)
         with (
             ChunkFT(model, 16, order="ascending", activation_checkpointing=checkpointing, observer=profiler) as tuner,
             profiler.step(),
         ):
             tuner.backward(tiny_batch(num_rows=8, num_tokens=64))
-        peaks[checkpointing] = max(sample.allocated_bytes for sample in profiler.samples)
+        peaks[checkpointing] = max(sample.allocated_bytes for sample in profiler.samples) - at_rest
     assert peaks["full"] < 0.5 * peaks["none"]
 
 
@@ -185,9 +185,7 @@ def test_a_tied_embedding_needs_its_gradient_twice_and_no_third_time(num_chunks)
     model = tiny_model("llama-tied", hidden_size=32, vocab_size=50_000)
     embedding_bytes = model.get_input_embeddings().weight.nbytes
     with ChunkFT(model, num_chunks, order="ascending", observer=profiler) as tuner:
-        with profiler.step(), profiler.phase("rest"):
-            torch.empty(1)
-        at_rest = profiler.samples[0].allocated_bytes
+        at_rest = held(profiler)
         with profiler.step():
             tuner.backward(tiny_batch())
         highest = {sample.phase: sample.allocated_bytes - at_rest for sample in profiler.samples}
