@@ -8,6 +8,7 @@ in the end is in `benchmarks.chaos_checks`. An attempt takes about six seconds o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,13 +169,15 @@ class Stage:
 class User(threading.Thread):
     """Submits one job after the other, does to it what was drawn, and waits for its end."""
 
-    def __init__(self, stage: Stage, tally: Tally, jobs: list[int], seed: int, until: float) -> None:
-        super().__init__(name=f"user-{jobs[0]}", daemon=True)
+    def __init__(
+        self, stage: Stage, tally: Tally, jobs: Iterable[int], seed: int, is_over: Callable[[int], bool]
+    ) -> None:
+        super().__init__(name="user", daemon=True)
         self._stage = stage
         self._tally = tally
         self._jobs = jobs
         self._seed = seed
-        self._until = until
+        self._is_over = is_over
         self._http = httpx.Client(timeout=15)
         self.error: BaseException | None = None
 
@@ -182,7 +185,7 @@ class User(threading.Thread):
         try:
             with self._http:
                 for number in self._jobs:
-                    if time.monotonic() > self._until:
+                    if self._is_over(number):
                         return
                     self._tally.add(self._one(number))
         except BaseException as error:  # the main thread tells
@@ -327,6 +330,7 @@ class Killer:
         self._after = sorted(self._random.uniform(0, num_jobs * 0.92 - 1) for _ in deck)
         self._database = Database(stage.database_url)
         self._pause = threading.Event()
+        self.is_done = False
 
     def run(self, users: list[User]) -> None:
         """Every kill, each not before a number of jobs has ended."""
@@ -337,9 +341,12 @@ class Killer:
                 PATIENCE_SECONDS * 4,
                 every=0.5,
             )
-            if self._kill(kind, users):
-                self._tally.count(f"kills: {kind}")
-                print(f"{self._tally.num_ended} jobs ended, killed: {kind}", flush=True)
+            while any(user.is_alive() for user in users):
+                if self._kill(kind, users):
+                    self._tally.count(f"kills: {kind}")
+                    print(f"{self._tally.num_ended} jobs ended, killed: {kind}", flush=True)
+                    break
+        self.is_done = True
         self._database.dispose()
 
     def _kill(self, kind: str, users: list[User]) -> bool:
@@ -427,19 +434,25 @@ def shuffled_deck(num_kills: int, seed: int) -> list[str]:
 def chaos(
     folder: Path, database_url: str, num_jobs: int, deck: list[str], seed: int, minutes: float = math.inf
 ) -> dict[str, Any]:
-    """The run and what it showed; after so many minutes users submit no more."""
+    """The run and what it showed.
+
+    Users submit so many jobs, and more until every kill of the deck has happened; after so many minutes, no more.
+    """
     begin = time.monotonic()
     stage, tally = Stage(folder, database_url), Tally()
+    killer = Killer(stage, tally, num_jobs, deck, seed)
+
+    def is_over(number: int) -> bool:
+        return (number >= num_jobs and killer.is_done) or time.monotonic() > begin + 60 * minutes
+
     num_users = min(NUM_USERS, num_jobs)
-    users = [
-        User(stage, tally, list(range(i, num_jobs, num_users)), seed, begin + 60 * minutes) for i in range(num_users)
-    ]
+    users = [User(stage, tally, itertools.count(i, num_users), seed, is_over) for i in range(num_users)]
     watch = Watch(stage, tally)
     try:
         stage.server.wait_until_ready(PATIENCE_SECONDS)
         for thread in (watch, *users):
             thread.start()
-        Killer(stage, tally, num_jobs, deck, seed).run(users)
+        killer.run(users)
         for user in users:
             user.join()
             if user.error is not None:

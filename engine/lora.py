@@ -7,7 +7,10 @@ and head are found as ever. peft freezes the base; a stream of only what is trai
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +30,11 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     Raises:
         InputError: no module has a name of ``target_modules``, or one of them cannot have an adapter.
     """
+    with _without_bitsandbytes():
+        _add_adapters(model, spec)
+
+
+def _add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
@@ -48,6 +56,22 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Peft loads bitsandbytes wherever it is installed, in case a model were made of its layers; none of ours is.
+
+    It takes 45 MB of host memory, which a plan would have to know of.
+    """
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # which is how Python says: there is none
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
 
 
 def adapter_rate_factor(spec: LoraSpec, name: str) -> float:

@@ -221,9 +221,14 @@ def _answer(compute: Callable[[], str | bytes]) -> Answer:
 
 
 def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Also when a library has made another error of it, and the planner a refusal of that."""
+    """Also when a library has made another error of it, and the planner a refusal of that.
+
+    Python says SystemError where C code failed and named no reason, which it does when it has no memory for one.
+    """
     while error is not None:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("bad_alloc", "allocate memory")):
+        if isinstance(error, MemoryError | SystemError) or any(
+            sign in str(error) for sign in ("bad_alloc", "allocate memory")
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests.api.requests import job_request
-from tests.support.live import gone
+from tests.support.live import ENDLESS, gone
 from tests.support.waiting import wait_for
 
 # test_server_killed.py runs on both databases; what is new here does not depend on which one it is.
@@ -19,7 +19,7 @@ def server(start_server):
 
 
 def submit(server, dataset, **training):
-    return server.post("/v1/jobs", job_request(dataset, max_steps=2000, checkpoint_every=5, **training))["id"]
+    return server.post("/v1/jobs", job_request(dataset, max_steps=ENDLESS, checkpoint_every=5, **training))["id"]
 
 
 def test_stopping_the_server_checkpoints_and_requeues(start_server, server, dataset):

@@ -6,7 +6,7 @@ import psycopg
 import pytest
 
 from tests.api.requests import job_request
-from tests.support.live import gone
+from tests.support.live import ENDLESS, gone
 from tests.support.waiting import wait_for
 
 JUMPING = "tests.support.jumping_server"
@@ -20,7 +20,7 @@ def test_leases_and_grace_outlive_clocks_that_are_set(start_server, dataset, dat
     offset.write_text("0")
     monkeypatch.setenv("CLOCK_OFFSET_FILE", str(offset))
     jumping = start_server(JUMPING, **SETTINGS)
-    job_id = jumping.post("/v1/jobs", job_request(dataset, max_steps=2000, checkpoint_every=5))["id"]
+    job_id = jumping.post("/v1/jobs", job_request(dataset, max_steps=ENDLESS, checkpoint_every=5))["id"]
     jumping.wait_for_events(job_id, "checkpoint")
     (trainer,) = jumping.trainers()
     other = start_server(**SETTINGS)
@@ -58,5 +58,5 @@ def test_leases_and_grace_outlive_clocks_that_are_set(start_server, dataset, dat
     offset.write_text("-18000")
     other.wait_for_state(job_id, "cancelled", seconds=30)
     assert gone(trainer)
-    numbers = [int(event["id"]) for event in other.get(f"/v1/jobs/{job_id}/events", limit=1000)["data"]]
+    numbers = [int(event["id"]) for event in other.events(job_id)]
     assert numbers == list(range(1, len(numbers) + 1))

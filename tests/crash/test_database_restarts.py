@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.chaos_checks import Asked, find_violations
 from tests.api.requests import job_request
-from tests.support.live import gone
+from tests.support.live import ENDLESS, gone
 from tests.support.postgres import PostgresCluster
 from tests.support.waiting import wait_for
 
@@ -23,7 +23,7 @@ def database_url(cluster):
 @pytest.mark.slow
 def test_a_job_outlives_its_database(start_server, cluster, dataset, database_url, tmp_path):
     server = start_server(database_timeout_seconds=2)
-    job_id = server.post("/v1/jobs", job_request(dataset, max_steps=2000, checkpoint_every=5))["id"]
+    job_id = server.post("/v1/jobs", job_request(dataset, max_steps=ENDLESS, checkpoint_every=5))["id"]
     events = tmp_path / "var" / "jobs" / job_id / "attempts" / "1" / "events.jsonl"
     server.wait_for_events(job_id, "checkpoint")
     (trainer,) = server.trainers()
@@ -51,4 +51,4 @@ def test_a_job_outlives_its_database(start_server, cluster, dataset, database_ur
     restarted.post(f"/v1/jobs/{job_id}/cancel")
     restarted.wait_for_state(job_id, "cancelled")
     asked = [Asked(job_id, "cancel", cancelled=True, state="cancelled", seen=None)]
-    assert find_violations(database_url, tmp_path / "var", asked, 2000).violations == []
+    assert find_violations(database_url, tmp_path / "var", asked, ENDLESS).violations == []

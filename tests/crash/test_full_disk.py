@@ -5,6 +5,7 @@ import pytest
 from benchmarks.chaos_checks import Asked, find_violations
 from tests.api.requests import job_request
 from tests.support.full_disk import fill_disk_for, full_disk
+from tests.support.live import ENDLESS
 from tests.support.waiting import wait_for
 
 
@@ -12,7 +13,7 @@ from tests.support.waiting import wait_for
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_job_outlives_a_full_disk(start_server, dataset, database_url, tmp_path):
     server = start_server(retry_delay_seconds=0.1)
-    request = job_request(dataset, max_steps=2000, checkpoint_every=5)
+    request = job_request(dataset, max_steps=ENDLESS, checkpoint_every=5)
     job_id = server.post("/v1/jobs", request)["id"]
     events = [tmp_path / "var" / "jobs" / job_id / "attempts" / str(number) / "events.jsonl" for number in (1, 2, 3)]
     server.wait_for_events(job_id, "checkpoint")
@@ -42,4 +43,4 @@ def test_a_job_outlives_a_full_disk(start_server, dataset, database_url, tmp_pat
     assert (first["reason"], second["reason"]) == ("error", "process_lost")
     assert second["resumed_step"] == first["checkpoint_step"] > 0
     asked = [Asked(job_id, "cancel", cancelled=True, state="cancelled", seen=None)]
-    assert find_violations(database_url, tmp_path / "var", asked, 2000).violations == []
+    assert find_violations(database_url, tmp_path / "var", asked, ENDLESS).violations == []

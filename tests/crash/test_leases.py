@@ -4,7 +4,7 @@ import psycopg
 import pytest
 
 from tests.api.requests import job_request
-from tests.support.live import gone
+from tests.support.live import ENDLESS, gone
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("database_url", ["postgres"], indirect=True)]
@@ -13,7 +13,7 @@ SHORT = {"lease_seconds": 3, "database_timeout_seconds": 1, "retry_delay_seconds
 
 
 def submit(server, dataset):
-    return server.post("/v1/jobs", job_request(dataset, max_steps=2000, checkpoint_every=5))["id"]
+    return server.post("/v1/jobs", job_request(dataset, max_steps=ENDLESS, checkpoint_every=5))["id"]
 
 
 def suspend_while_it_writes(server, database_url):

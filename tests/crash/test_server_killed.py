@@ -29,7 +29,7 @@ def test_a_job_survives_kill_9_of_its_server(start_server, dataset):
     assert (first["reason"], first["exit_code"]) == ("server_lost", None)
     assert (second["reason"], second["exit_code"], second["resumed_step"]) == ("completed", 0, resumed_step)
     assert loss_curve(restarted, job_id) == list(range(1, 151))
-    steps = [event["data"]["step"] for event in all_events(restarted, job_id) if event["type"] == "step"]
+    steps = [event["data"]["step"] for event in restarted.events(job_id) if event["type"] == "step"]
     assert steps == [*range(1, first["last_step"] + 1), *range(resumed_step + 1, 151)], "every line once"
     assert restarted.get("/v1/profiles", job_id=job_id)["data"][0]["num_samples"] > 0
 
@@ -42,13 +42,3 @@ def loss_curve(server, job_id):
         after = page["last_id"]
         if not page["has_more"]:
             return rows
-
-
-def all_events(server, job_id):
-    events, after = [], "0"
-    while True:
-        page = server.get(f"/v1/jobs/{job_id}/events", limit=1000, after=after)
-        events += page["data"]
-        after = page["last_id"]
-        if not page["has_more"]:
-            return events

@@ -1,11 +1,14 @@
 """LoRA through the engine's own loop: the gradients and updates of peft and torch, and an adapter that peft loads."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import peft
 import pytest
 import torch
+from peft import import_utils
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +28,17 @@ SPEC = LoraSpec(rank=4, alpha=8.0)
 
 def lora_training(**values):
     return TrainingSpec.model_validate({"method": "lora", "precision": "fp32", **values})
+
+
+@pytest.fixture
+def fresh_peft():
+    """What peft has found to be installed is forgotten, before and after."""
+    found = (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
 
 
 def adapted(family="llama", dtype=torch.float32, spec=SPEC, **overrides):
@@ -207,3 +221,12 @@ def test_a_module_that_is_not_there_is_named():
         add_adapters(tiny_model("llama"), LoraSpec(target_modules=["nowhere"]))
     with pytest.raises(InputError, match="Module 'out_proj' is incompatible with Mamba-based models"):
         add_adapters(tiny_model("mamba"), LoraSpec())
+
+
+def test_what_is_installed_and_not_used_is_not_loaded(tmp_path, monkeypatch, fresh_peft):
+    (tmp_path / "bitsandbytes.py").write_text("raise AssertionError('loaded')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    add_adapters(tiny_model("llama"), SPEC)
+    with pytest.raises(AssertionError, match="loaded"):
+        importlib.import_module("bitsandbytes")  # it is still there for others

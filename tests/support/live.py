@@ -23,6 +23,9 @@ TRAINING = {
     "schedule": {"num_chunks": 4},
 }
 
+ENDLESS = 100_000
+"""Updates that take longer than any test: an hour."""
+
 
 def free_port() -> int:
     """A port of the loopback that nobody listens on."""
@@ -116,11 +119,21 @@ class LiveServer:
         """The job's events of one type, once there are enough."""
 
         def probe() -> list[dict[str, Any]] | None:
-            events = self.get(f"/v1/jobs/{job_id}/events", limit=1000)["data"]
-            found = [event for event in events if event["type"] == kind]
+            found = [event for event in self.events(job_id) if event["type"] == kind]
             return found if len(found) >= count else None
 
         return wait_for(probe, f"{count} {kind} events of job {job_id}", 90)
+
+    def events(self, job_id: str) -> list[dict[str, Any]]:
+        """All the job's events, page by page."""
+        events: list[dict[str, Any]] = []
+        after = "0"
+        while True:
+            page = self.get(f"/v1/jobs/{job_id}/events", limit=1000, after=after)
+            events += page["data"]
+            if not page["has_more"]:
+                return events
+            after = page["last_id"]
 
     def wait_for_attempt_end(self, job_id: str) -> dict[str, Any]:
         """The job's newest attempt that has ended, once there is one."""

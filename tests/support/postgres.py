@@ -66,7 +66,7 @@ class PostgresCluster:
     def start(self) -> None:
         """Starts the server, on the port that it always has."""
         options = ["listen_addresses=127.0.0.1", f"unix_socket_directories={self._folder}", "fsync=off"]
-        options += ["synchronous_commit=off", "full_page_writes=off", "max_connections=100", "shared_buffers=32MB"]
+        options += ["full_page_writes=off", "max_connections=100", "shared_buffers=32MB"]
         arguments = [item for option in options for item in ("-c", option)]
         log = (self._folder / "log.txt").open("ab")
         command = [
@@ -83,7 +83,7 @@ class PostgresCluster:
         wait_for(self._answers, "the Postgres cluster to answer")
 
     def stop(self) -> None:
-        """Ends the server at once, and every connection with it."""
+        """Ends the server at once, and every connection with it; what was committed is there when it comes back."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(timeout=30)
