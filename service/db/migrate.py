@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 
 from alembic import command
@@ -35,8 +36,9 @@ def downgrade(url: str, revision: str = "base") -> None:
     _run(url, lambda config: command.downgrade(config, revision))
 
 
+@cache
 def head_revision() -> str | None:
-    """The newest revision of the chain."""
+    """The newest revision of the chain, as this process was started with it."""
     return ScriptDirectory.from_config(alembic_config()).get_current_head()
 
 

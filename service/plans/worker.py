@@ -154,6 +154,8 @@ class _Lane:
             worker.pool.shutdown(wait=True, cancel_futures=True)
 
 
+_NICENESS = 10
+"""Whoever waits for a plan waits for seconds; others' requests should not, where all processors plan."""
 _START_SECONDS = 60.0
 """For a new process to answer for the first time."""
 
@@ -175,7 +177,10 @@ _OUT_OF_MEMORY: Answer = ("memory",)
 
 
 def _initialise(memory_bytes: int | None) -> None:
-    """In the new process: take no more memory than allowed, leave Ctrl-C to the server, and never outlive it."""
+    """In the new process: take no more memory than allowed, give way to the server, leave Ctrl-C to it, and never
+    outlive it.
+    """
+    os.nice(_NICENESS)
     if memory_bytes is not None:
         # Data, not address space: torch maps gigabytes that it never touches.
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
