@@ -11,8 +11,9 @@ Sizes and addresses count blocks of 512 bytes.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from planner.allocator import MIN_BLOCK_BYTES, SMALL_BYTES, segment_size_bytes
 
@@ -21,8 +22,11 @@ LARGEST_SMALL = SMALL_BYTES // MIN_BLOCK_BYTES
 _BITS = 40
 _ADDRESS = (1 << _BITS) - 1
 
-Op = tuple[int, int]
-"""(size, name) takes a block of at least one unit, (0, name) gives it back. Names are integers other than 0."""
+Op = tuple[int, Any]
+"""(size, name) takes a block of at least one unit, (0, name) gives it back. Names are integers other than 0.
+
+(size, operations), with a tuple in place of the name: these take as much together, and give all of it back.
+"""
 
 
 def units(size_bytes: int) -> int:
@@ -31,7 +35,7 @@ def units(size_bytes: int) -> int:
 
 
 def shortened(ops: Sequence[Op]) -> list[Op]:
-    """Operations with (need, 0) in place of those that leave everything as it was, unless they need a segment.
+    """Those that leave everything as it was, unless they need a segment, are put together.
 
     What takes blocks and gives all of them back, and no others, leaves the same blocks live where they were. It needs
     no segment where a free extent is as large as all of them together: its end stays free, wherever the rest is put.
@@ -50,6 +54,7 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
         seen.append(live)
         last[live] = at
     found: list[Op] = []
+    known: dict[tuple[Op, ...], tuple[Op, ...]] = {}
     at = 0
     while at < len(ops):
         begin, end = seen[at], last[seen[at]]
@@ -57,15 +62,22 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
             found.append(ops[at])
             at += 1
             continue
-        need = together = 0
+        parts: list[Op] = []
         while at < end:
-            together += ops[at][0]
-            need = max(need, together)
-            at += 1
-            if seen[at] == begin:
-                together = 0
-        found.append((need, 0))
+            first, together = at, 0
+            while at == first or seen[at] != begin:
+                together += ops[at][0]
+                at += 1
+            part = _renamed(ops[first:at])
+            parts.append((together, known.setdefault(part, part)))
+        found.append((max(need for need, _ in parts), tuple(parts)))
     return found
+
+
+def _renamed(ops: Sequence[Op]) -> tuple[Op, ...]:
+    """With names of their own, in the order in which they come: nobody else sees these blocks."""
+    names: dict[int, int] = {}
+    return tuple((size, names.setdefault(name, len(names) + 1)) for size, name in ops)
 
 
 class Program:
@@ -74,11 +86,10 @@ class Program:
     Positive names are relative to a place, and follow it when it moves.
     """
 
-    __slots__ = ("ops", "plain")
+    __slots__ = ("ops",)
 
     def __init__(self, ops: Sequence[Op]) -> None:
         self.ops = shortened(ops)
-        self.plain = ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +134,12 @@ class Pool:
         key = (self._state, program, base - self.base)
         after = self._after.get(key)
         if after is None:
-            after = self._simulated(program.ops, base - self.base)
-            if after is None:
-                after = self._simulated(program.plain, base - self.base)
-            assert after is not None
-            self._after[key] = after
+            after = self._after[key] = self._simulated(program.ops, base - self.base)
         self._state, self.base = after, base
 
-    def run_once(self, ops: Sequence[Op], plain: Callable[[], Sequence[Op]]) -> None:
-        """The same for operations that will not come again, given shortened, and on demand as they are."""
-        after = self._simulated(ops, 0)
-        if after is None:
-            after = self._simulated(plain(), 0)
-        assert after is not None
-        self._state = after
+    def run_once(self, ops: Sequence[Op]) -> None:
+        """The same for operations, shortened ones, that will not come again."""
+        self._state = self._simulated(ops, 0)
 
     def names(self) -> list[int]:
         """Of the live blocks, in the order in which they came."""
@@ -154,7 +157,6 @@ class Pool:
         known = self._numbers.get((self._num_segments,)) if len(going) == len(names) else None
         if known is None:
             known = self._simulated(going, 0)
-            assert known is not None
         self._state = known
 
     def _number(self, state: _State) -> int:
@@ -164,10 +166,13 @@ class Pool:
             self._states.append(state)
         return number
 
-    def _simulated(self, ops: Sequence[Op], shift: int) -> int | None:
-        """The state after operations; None where what was left out of them may need a segment."""
+    def _simulated(self, ops: Sequence[Op], shift: int) -> int:
+        """The state after operations.
+
+        Of equal ones in a row that give back all that they take, those after the first that needed no segment change
+        nothing.
+        """
         self.num_simulated += len(ops)
-        segments = self._num_segments, self._end, self.reserved_bytes
         before = self._states[self._state]
         free, starts, ends = before.free.copy(), before.starts.copy(), before.ends.copy()
         if shift:
@@ -175,47 +180,55 @@ class Pool:
         else:
             live = before.live.copy()
         split_from = self._split_from
-        for size, name in ops:
-            if size:
-                least = size << _BITS
-                at = bisect_left(free, least)
-                if not name:
+        last: object = None
+        num_segments = 0
+        under_way = [iter(ops)]
+        while under_way:
+            for size, name in under_way[-1]:
+                if size:
+                    least = size << _BITS
+                    at = bisect_left(free, least)
+                    if name.__class__ is tuple:
+                        if at < len(free) or (name is last and self._num_segments == num_segments):
+                            continue
+                        last, num_segments = name, self._num_segments
+                        self.num_simulated += len(name)
+                        under_way.append(iter(name))  # no extent has room for all of it: one after the other
+                        break
                     if at < len(free):
-                        continue
-                    self._num_segments, self._end, self.reserved_bytes = segments
-                    return None
-                if at < len(free):
-                    extent = free.pop(at)
-                    begin = extent & _ADDRESS
-                    end = begin + (extent >> _BITS)
-                    del starts[begin], ends[end]
+                        extent = free.pop(at)
+                        begin = extent & _ADDRESS
+                        end = begin + (extent >> _BITS)
+                        del starts[begin], ends[end]
+                    else:
+                        extent = self._new_segment(size)
+                        begin = extent & _ADDRESS
+                        end = begin + (extent >> _BITS)
+                    rest = extent - least
+                    if rest >= split_from:
+                        rest += size
+                        insort(free, rest)
+                        starts[begin + size] = ends[end] = rest
+                        extent = least | begin
+                    live[name] = extent
                 else:
-                    extent = self._new_segment(size)
+                    extent = live.pop(name)
                     begin = extent & _ADDRESS
                     end = begin + (extent >> _BITS)
-                rest = extent - least
-                if rest >= split_from:
-                    rest += size
-                    insort(free, rest)
-                    starts[begin + size] = ends[end] = rest
-                    extent = least | begin
-                live[name] = extent
+                    left = ends.pop(begin, 0)
+                    if left:
+                        del free[bisect_left(free, left)]
+                        begin = left & _ADDRESS
+                    right = starts.pop(end, 0)
+                    if right:
+                        del free[bisect_left(free, right)]
+                        end += right >> _BITS
+                    if left or right:
+                        extent = (end - begin) << _BITS | begin
+                    insort(free, extent)
+                    starts[begin] = ends[end] = extent
             else:
-                extent = live.pop(name)
-                begin = extent & _ADDRESS
-                end = begin + (extent >> _BITS)
-                left = ends.pop(begin, 0)
-                if left:
-                    del free[bisect_left(free, left)]
-                    begin = left & _ADDRESS
-                right = starts.pop(end, 0)
-                if right:
-                    del free[bisect_left(free, right)]
-                    end += right >> _BITS
-                if left or right:
-                    extent = (end - begin) << _BITS | begin
-                insort(free, extent)
-                starts[begin] = ends[end] = extent
+                under_way.pop()
         return self._number(_State(free, starts, ends, live))
 
     def _new_segment(self, size: int) -> int:

@@ -180,15 +180,14 @@ class UpdateProgram:
             if size:
                 ops[size <= LARGEST_SMALL].append((size if event >= 0 else 0, number))
                 live ^= {number}
-        self.plain = ops
-        self.short = tuple(
-            [(size, -1 if size and not number else number) for size, number in shortened(each)] for each in ops
-        )
+        self._ops = tuple(map(shortened, ops))
         self.num_blocks = len(trace.blocks)
         self.staying = sorted(live - {0})
         """Blocks that are not given back."""
 
-    def named(self, *, is_small: bool, is_short: bool, first: int, gradient: int) -> list[Op]:
-        """Operations of one pool; block n is called ``first`` − n."""
-        ops = self.short[is_small] if is_short else self.plain[is_small]
-        return [(size, first - number if number > 0 else 0 if number else gradient) for size, number in ops]
+    def named(self, *, is_small: bool, first: int, gradient: int) -> list[Op]:
+        """Operations of one pool; block n is called ``first`` − n if anybody outside of them may see it."""
+        return [
+            (size, number if number.__class__ is tuple else first - number if number else gradient)
+            for size, number in self._ops[is_small]
+        ]

@@ -8,7 +8,6 @@ extent has room for all of that.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import chain
 
 from engine.chunks import Slice
@@ -18,7 +17,7 @@ from planner.compose import CompositionError
 from planner.fold import Copies
 from planner.footprint import ChunkFootprint, Footprints, Update, updates_of_visit
 from planner.overheads import Overheads
-from planner.pools import Op, Pool
+from planner.pools import Pool
 from planner.programs import OTHER_NAMES, Ops, UpdateProgram, base_of, rule_events, seen_from
 from planner.structure import stand_ins
 
@@ -107,15 +106,11 @@ class Replay:
             staying.update(self._next_name - number for number in program.staying)
             self._next_name -= program.num_blocks
         for is_small, pool in enumerate(self._pools):
-
-            def ops(*, is_short: bool, is_small: bool = bool(is_small)) -> list[Op]:
-                named = (
-                    program.named(is_small=is_small, is_short=is_short, first=first, gradient=gradient)
-                    for program, first, gradient in updates
-                )
-                return list(chain.from_iterable(named))
-
-            pool.run_once(ops(is_short=True), partial(ops, is_short=False))
+            named = (
+                program.named(is_small=bool(is_small), first=first, gradient=gradient)
+                for program, first, gradient in updates
+            )
+            pool.run_once(list(chain.from_iterable(named)))
         return staying
 
     def _step(

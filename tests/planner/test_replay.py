@@ -76,6 +76,10 @@ MORE_CASES = {
     "int8, updated in backward, three per visit": {
         "update_in_backward": True, "max_grad_norm": None, "schedule": {"switch_every": 3, "state_dtype": "int8"},
     },
+    "int8, tensors of many blocks": {
+        "config": {**TINY, "vocab_size": 160_000, "num_hidden_layers": 4}, "num_chunks": 2,
+        "schedule": {"switch_every": 3, "state_dtype": "int8"},
+    },
     "experts in every other layer": {"config": EXPERTS},
     "tied, learned positions": {"config": {"model_type": "gpt2", "n_embd": 256, "n_head": 8, "n_layer": 8}},
 }  # fmt: skip
@@ -113,7 +117,8 @@ SIZES = st.one_of(
     st.integers(MIB, 40 * MIB),
     st.sampled_from([MIB, MIB + 1, 8 * MIB, 10 * MIB, 20 * MIB]),
 )
-ACTIONS = st.lists(st.tuples(st.one_of(st.none(), SIZES), st.integers(0, 40)), min_size=1, max_size=12)
+ONCE = st.lists(st.tuples(st.one_of(st.none(), SIZES), st.integers(0, 40)), min_size=1, max_size=12)
+ACTIONS = st.builds(lambda actions, times: actions * times, ONCE, st.integers(1, 4))
 
 
 @settings(max_examples=150, deadline=None)
