@@ -26,7 +26,7 @@ MODEL = "smollm2-135m-instruct"
 def main() -> int:
     """Both runs; 1 if anything was found."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--examples", type=int, default=40, help="per operation, besides those of the coverage phase")
+    parser.add_argument("--examples", type=int, default=50, help="per operation, besides those of the coverage phase")
     arguments = parser.parse_args()
     options = ["--phases", "examples,coverage,fuzzing", "--max-examples", str(arguments.examples)]
     with tempfile.TemporaryDirectory() as folder:
