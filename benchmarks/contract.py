@@ -106,7 +106,8 @@ def _run(server: LiveServer, config: Path, options: list[str]) -> dict[str, Any]
     tool = Path(sys.executable).with_name("st")
     command = [str(tool), "--config-file", str(config), "run", f"{server.http.base_url}/openapi.json", *options]
     command += ["--checks", "all", "--continue-on-failure", "--no-color"]
-    command += ["--request-timeout", "150", "--suppress-health-check", "all"]
+    # A plan that nobody has asked for before is traced first, which may take as long as the service allows.
+    command += ["--request-timeout", "150", "--max-response-time", "150", "--suppress-health-check", "all"]
     begin = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)

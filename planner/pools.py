@@ -63,12 +63,13 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
             at += 1
             continue
         parts: list[Op] = []
+        start = at
         while at < end:
             first, together = at, 0
             while at == first or seen[at] != begin:
                 together += ops[at][0]
                 at += 1
-            part = _renamed(ops[first:at])
+            part = tuple(ops[first:at]) if first == start and at == end else _renamed(ops[first:at])
             parts.append((together, known.setdefault(part, part)))
         found.append((max(need for need, _ in parts), tuple(parts)))
     return found

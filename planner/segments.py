@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CATEGORIES = ("weights", "gradients", "optimizer_states", "activations", "loss", "workspace", "other")
 EMBED, HEAD = -1, -2
 """Places that are not layers: before the first layer; after the last one (final norm, head and loss)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """One allocation: bytes asked for, index into CATEGORIES, the traced slice whose gradient it is, or −1."""
 
     size_bytes: int
@@ -55,7 +54,7 @@ class StepTrace:
     def from_json(value: dict[str, Any]) -> StepTrace:
         """Inverse of :meth:`to_json`."""
         return StepTrace(
-            tuple(Block(*row) for row in value["blocks"]),
+            tuple(map(Block._make, value["blocks"])),
             tuple(
                 Segment(p, n, tuple(e), tuple((w[0], w[1], w[2]) for w in work)) for p, n, e, work in value["segments"]
             ),
