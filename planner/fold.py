@@ -212,39 +212,34 @@ def fold(trace: StepTrace, granularity: int) -> FoldedStep:
     for segment in trace.segments:
         shared = freed_everywhere(segment, born)
         stretches: list[Stretch] = []
-        open_stretch = _Open()
+        fixed: list[tuple[int, int]] = []
         for event in segment.events:
-            block = trace.blocks[event if event >= 0 else -1 - event]
-            place = born[-1 - event][1] if event < 0 and born[-1 - event] in shared else -1
-            if block.slice_ordinal < 0 and place < 0:
-                size_bytes = rounded(block.size_bytes, granularity)
-                open_stretch.add(block.category, size_bytes if event >= 0 else -size_bytes)
+            number = event if event >= 0 else -1 - event
+            asked_bytes, category, ordinal = trace.blocks[number]
+            place = born[number][1] if shared and event < 0 and born[number] in shared else -1
+            if ordinal < 0 and place < 0:
+                size_bytes = -(-asked_bytes // granularity) * granularity
+                fixed.append((category, size_bytes if event >= 0 else -size_bytes))
                 continue
-            variable = Variable(block.size_bytes, block.category, block.slice_ordinal, place)
+            variable = Variable(asked_bytes, category, ordinal, place)
             index = variables.setdefault(variable, len(variables))
-            stretches.append(open_stretch.closed(index, comes=event >= 0))
-            open_stretch = _Open()
-        stretches.append(open_stretch.closed(-1, comes=False))
+            stretches.append(_stretch(fixed, index, comes=event >= 0))
+            fixed = []
+        stretches.append(_stretch(fixed, -1, comes=False))
         segments.append(FoldedSegment(segment.phase, segment.place, segment.work, tuple(stretches)))
     return FoldedStep(tuple(segments), tuple(variables), trace.slice_numels, granularity)
 
 
-class _Open:
-    """A stretch whose end has not been met."""
-
-    def __init__(self) -> None:
-        self._live = [0] * len(CATEGORIES)
-        self._total = self._highest = 0
-        self._peak = ZERO
-
-    def add(self, category: int, size_bytes: int) -> None:
-        self._live[category] += size_bytes
-        self._total += size_bytes
-        if self._total > self._highest:
-            self._highest, self._peak = self._total, tuple(self._live)
-
-    def closed(self, variable: int, *, comes: bool) -> Stretch:
-        return Stretch(self._highest, self._total, self._peak, tuple(self._live), variable, comes)
+def _stretch(fixed: Sequence[tuple[int, int]], variable: int, *, comes: bool) -> Stretch:
+    """Of changes as (category, bytes), and of what comes or goes after them."""
+    live, peak = [0] * len(CATEGORIES), ZERO
+    total = highest = 0
+    for category, size_bytes in fixed:
+        live[category] += size_bytes
+        total += size_bytes
+        if total > highest:
+            highest, peak = total, tuple(live)
+    return Stretch(highest, total, peak, tuple(live), variable, comes)
 
 
 def rounded(size_bytes: int, granularity: int) -> int:

@@ -251,6 +251,8 @@ def _no_collections() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            gc.freeze()  # and back: all are old now, without a look at each
+            gc.unfreeze()
             gc.enable()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from planner.allocator import MIN_BLOCK_BYTES, SMALL_BYTES, segment_size_bytes
@@ -21,6 +22,9 @@ LARGEST_SMALL = SMALL_BYTES // MIN_BLOCK_BYTES
 """Size of the largest block that the small pool serves."""
 _BITS = 40
 _ADDRESS = (1 << _BITS) - 1
+
+_RANDOM = Random(0)
+_MARKS: list[int] = []
 
 Op = tuple[int, Any]
 """(size, name) takes a block of at least one unit, (0, name) gives it back. Names are integers other than 0.
@@ -41,16 +45,15 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
     no segment where a free extent is as large as all of them together: its end stays free, wherever the rest is put.
     """
     given = {name for size, name in ops if not size}
-    bits: dict[int, int] = {}
+    marks: dict[int, int] = {}
     live, seen, last = 0, [0], {0: 0}
-    for at, (size, name) in enumerate(ops, start=1):
-        if not size and name in bits:
-            live ^= bits[name]
+    for at, ((size, name), mark) in enumerate(zip(ops, _marks(len(ops)), strict=True), start=1):
+        if not size and name in marks:
+            live ^= marks[name]
         else:  # what came before or stays for good never comes back to what it was
-            bit = 1 << at
-            live ^= bit
+            live ^= mark
             if size and name in given:
-                bits[name] = bit
+                marks[name] = mark
         seen.append(live)
         last[live] = at
     found: list[Op] = []
@@ -75,10 +78,17 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
     return found
 
 
+def _marks(num_ops: int) -> list[int]:
+    """Stand for operations by their positions: sets of them are told apart by the exclusive or of their marks."""
+    while len(_MARKS) < num_ops:
+        _MARKS.append(_RANDOM.getrandbits(128))
+    return _MARKS[:num_ops]
+
+
 def _renamed(ops: Sequence[Op]) -> tuple[Op, ...]:
     """With names of their own, in the order in which they come: nobody else sees these blocks."""
     names: dict[int, int] = {}
-    return tuple((size, names.setdefault(name, len(names) + 1)) for size, name in ops)
+    return tuple([(size, names.setdefault(name, len(names) + 1)) for size, name in ops])
 
 
 class Program:

@@ -173,13 +173,19 @@ class UpdateProgram:
 
     def __init__(self, trace: StepTrace) -> None:
         ops: tuple[list[Op], list[Op]] = ([], [])
+        sizes = [units(block.size_bytes) for block in trace.blocks]
         live: set[int] = set()
         for event in rule_events(trace):
             number = event if event >= 0 else -1 - event
-            size = units(trace.blocks[number].size_bytes)
-            if size:
-                ops[size <= LARGEST_SMALL].append((size if event >= 0 else 0, number))
-                live ^= {number}
+            size = sizes[number]
+            if not size:
+                continue
+            if event >= 0:
+                ops[size <= LARGEST_SMALL].append((size, number))
+                live.add(number)
+            else:
+                ops[size <= LARGEST_SMALL].append((0, number))
+                live.discard(number)
         self._ops = tuple(map(shortened, ops))
         self.num_blocks = len(trace.blocks)
         self.staying = sorted(live - {0})
