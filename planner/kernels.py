@@ -33,8 +33,6 @@ def _attention_cpu(
     if dropout > 0 or (mask is not None and mask.requires_grad):
         # The flash kernel knows neither dropout nor a mask's gradient.
         return _attention_math(query, key, value, mask, dropout, is_causal, scale)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype)
     out = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )
@@ -58,8 +56,6 @@ def _attention_cuda(
 ) -> Tensor:
     if query.dtype == torch.float32 or mask is not None:
         key, value = _expand_heads(query, key), _expand_heads(query, value)
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype)
         out = _aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, True, dropout, is_causal, scale=scale
         )
@@ -146,6 +142,8 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         query, key, value, mask = autocast_operands(query, key, value, attn_mask)
+        if mask is not None and mask.dtype == torch.bool:  # to be added, whichever kernel comes next
+            mask = torch.zeros_like(mask, dtype=query.dtype)
         return kernel(query, key, value, mask, dropout_p, is_causal, scale)
 
     asked: list[torch.Size] = []
