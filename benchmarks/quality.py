@@ -112,9 +112,10 @@ def settings() -> list[Setting]:
         *equal_time(2),
         # A one-chunk update takes 4.2 s without checkpointing.
         replace(chunks(2e-4, 1, **in_backward, activation_checkpointing="none"), num_updates=39),
-        # The same time, with other chunks (2.74 s an update of 32) and rates.
+        # The same time, with other chunks (2.74 s an update of 32), rates and states.
         free(2e-4, 61, num_chunks=32),
         replace(free(2e-4, 55), learning_rate=1e-3),
+        free(2e-4, 55, states="reset"),
         # A quarter more time.
         free(3e-4, 69),
         free(2e-4, 69),
