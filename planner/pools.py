@@ -79,7 +79,10 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
 
 
 def _marks(num_ops: int) -> list[int]:
-    """Stand for operations by their positions: sets of them are told apart by the exclusive or of their marks."""
+    """Stand for operations by their positions: sets of them are told apart by the exclusive or of their marks.
+
+    Random ones of 128 bits, the same in every process: that two sets look alike is one chance in 2^128.
+    """
     while len(_MARKS) < num_ops:
         _MARKS.append(_RANDOM.getrandbits(128))
     return _MARKS[:num_ops]
