@@ -73,6 +73,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 2048,
         "bos_token_id": 1, "eos_token_id": 2,
     },
+    "falcon": {
+        "model_type": "falcon", "vocab_size": 8003, "hidden_size": 256, "num_hidden_layers": 5,
+        "num_attention_heads": 8, "multi_query": True, "new_decoder_architecture": False,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "deepseek_v3": llama_like(
+        "deepseek_v3", num_key_value_heads=8, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32,
+        qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=128, first_k_dense_replace=2, n_shared_experts=1,
+    ),
     "mixtral": llama_like("mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": llama_like(
         "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128

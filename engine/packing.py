@@ -27,7 +27,7 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> Packing:
     """Distribute rows over as few sequences as the rule finds, the same for the same lengths.
 
     Args:
-        lengths: tokens of each row, from 1 to ``capacity``.
+        lengths: tokens of each row, from 1 to ``capacity``; without rows there are no sequences.
         capacity: tokens of a sequence.
     """
     by_length = np.argsort(-lengths, kind="stable")
@@ -35,7 +35,8 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> Packing:
     place = np.empty(len(lengths), dtype=np.int64)
     room = _Room(capacity)
     starts = np.flatnonzero(np.diff(ordered, prepend=capacity + 1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(ordered)], strict=True):
+    stops = np.append(starts, len(ordered))[1:]
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         length = int(ordered[start])
         while start < stop:
             sequences, each = room.best(length, stop - start)

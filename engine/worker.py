@@ -43,28 +43,37 @@ class EventFile:
 
 
 class StopRequest:
-    """SIGTERM once: checkpoint and stop. Twice: stop now."""
+    """Asks the run to checkpoint and stop: the first SIGTERM, or the death of the parent. A second SIGTERM stops now.
+
+    The parent's death is told by SIGHUP, as often as the kernel likes: it sends one for every thread of the parent
+    that dies before the last one, so it must never count as somebody's second wish.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self._num_terminations = 0
+        self._parent_died = False
+        signal.signal(signal.SIGTERM, self._on_termination)
+        signal.signal(signal.SIGHUP, self._on_death_of_parent)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def _on_termination(self, number: int, frame: FrameType | None) -> None:
+        self._num_terminations += 1
+        if self._num_terminations > 1:
             os._exit(EXIT_FAILED)
-        self.requested = True
+
+    def _on_death_of_parent(self, number: int, frame: FrameType | None) -> None:
+        self._parent_died = True
 
     def __call__(self) -> bool:
         """True once a stop was requested."""
-        return self.requested
+        return self._parent_died or self._num_terminations > 0
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when process ``parent`` dies (Linux), and make sure that it had not died before."""
+def stop_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGHUP when process ``parent`` dies (Linux), and make sure that it had not died before."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Callable[[], bool]) -> int:
@@ -146,7 +155,7 @@ def main() -> int:
     # Threads that wait sleep instead of spinning: beside one busy process, spinning made an update five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stop = StopRequest()
-    die_with_parent(arguments.parent_pid)
+    stop_with_parent(arguments.parent_pid)
     if arguments.wait and not sys.stdin.readline():
         return EXIT_STOPPED  # whoever started it died before it had written that down
     share = Share(*arguments.share) if arguments.share else None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import reduce
+from functools import cache, reduce
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
 from engine.cut import CutParameter, CutTranspose, autocast_operands
@@ -28,11 +30,19 @@ RNG_STATE_BYTES = 5056
 
 
 def _attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
-    if dropout > 0 or (mask is not None and mask.requires_grad):
-        # The flash kernel knows neither dropout nor a mask's gradient.
-        return _attention_math(query, key, value, mask, dropout, is_causal, scale)
+    facts = tuple((x.shape[1], x.shape[3], x.dtype, x.requires_grad) for x in (query, key, value))
+    mask_facts = None if mask is None else (mask.dtype, mask.requires_grad)
+    if not _takes_flash_on_cpu(facts, mask_facts, dropout, is_causal, enable_gqa):
+        return _attention_math(query, key, value, mask, dropout, is_causal, scale, enable_gqa)
     out = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )
@@ -40,19 +50,65 @@ def _attention_cpu(
     return result
 
 
+@cache
+def _takes_flash_on_cpu(
+    facts: tuple[tuple[int, int, torch.dtype, bool], ...],
+    mask_facts: tuple[torch.dtype, bool] | None,
+    dropout: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> bool:
+    """Ask torch itself, on real tensors of one token, whether the CPU's flash kernel takes this attention.
+
+    It takes neither dropout, nor a mask with a gradient, nor one key head that is broadcast over the queries' heads,
+    nor values of another size than the keys: these go to the math form.
+
+    Args:
+        facts: of query, key and value: heads, head size, data type, whether it takes a gradient.
+        mask_facts: data type of the mask, and whether it takes a gradient; None without a mask.
+        dropout: share of the scores that are dropped.
+        is_causal: whether later tokens are hidden.
+        enable_gqa: whether fewer key heads than query heads are asked for by name.
+    """
+    with _disable_current_modes():  # nothing of this is a part of the step that is traced
+        query, key, value = (
+            torch.empty(1, heads, 1, size, dtype=dtype, device="cpu", requires_grad=takes_gradient)
+            for heads, size, dtype, takes_gradient in facts
+        )
+        mask = None
+        if mask_facts is not None:
+            mask = torch.zeros(1, 1, 1, 1, dtype=mask_facts[0], device="cpu", requires_grad=mask_facts[1])
+        choice = torch._fused_sdp_choice(query, key, value, mask, dropout, is_causal, enable_gqa=enable_gqa)
+    return bool(choice == SDPBackend.FLASH_ATTENTION.value)
+
+
 def _attention_math(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
     """Product, softmax, product, with all scores in memory: what torch falls back to, and Apple's GPUs train by."""
     out = _aten._scaled_dot_product_attention_math(
-        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     result: Tensor = out[0]
     return result
 
 
 def _attention_cuda(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
     if query.dtype == torch.float32 or mask is not None:
         key, value = _expand_heads(query, key), _expand_heads(query, value)
@@ -144,7 +200,7 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
         query, key, value, mask = autocast_operands(query, key, value, attn_mask)
         if mask is not None and mask.dtype == torch.bool:  # to be added, whichever kernel comes next
             mask = torch.zeros_like(mask, dtype=query.dtype)
-        return kernel(query, key, value, mask, dropout_p, is_causal, scale)
+        return kernel(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
 
     asked: list[torch.Size] = []
 

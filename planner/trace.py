@@ -111,7 +111,7 @@ class ModelTracer:
 
     def _signature(self, index: int) -> str:
         layer = self.layers[index]
-        kind = self._layer_types[index] if self._layer_types else ""
+        kind = self._layer_types[index] if self._layer_types and self._is_composed else ""
         modules = [(name, type(module).__name__, _switches(module)) for name, module in layer.named_modules()]
         shapes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
         place = 0 if self._is_composed else index  # an encoder's layers and a decoder's: no two are traced as one

@@ -26,7 +26,7 @@ class _Running:
 class LocalExecution:
     """Runs ``python -m engine.worker``, each attempt in a process session of its own.
 
-    The kernel sends an attempt SIGTERM when the thread that started it ends (PDEATHSIG): start attempts from a thread
+    The kernel sends an attempt SIGHUP when the thread that started it ends (PDEATHSIG): start attempts from a thread
     that lives as long as the server.
     """
 

@@ -27,6 +27,38 @@ def test_a_plan_is_201_when_new_and_200_when_known(client):
     assert [row["id"] for row in client.get("/v1/plans").json()["data"]] == [plan["id"]]
 
 
+def test_gemma_3s_published_config_is_planned(client):
+    """With fewer layers. It has two lists of them, of which one has kinds, and its config does not say which is which."""
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 7,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 3,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+    response = client.post("/v1/plans", json={"model": {"config": config}, "gpu": "h100-80gb"})
+    assert response.status_code == 201, response.text
+    assert response.json()["model"]["num_layers"] == 10
+    assert response.json()["fits"]
+
+
 def test_what_was_answered_is_answered_again_without_the_database(client, services, settings, planner_process, clock):
     """Hundreds of requests at once are answered one after another: each must be cheap."""
     first = client.post("/v1/plans", json=REQUEST)

@@ -1,5 +1,7 @@
 """Rows that share a sequence: how they are packed, and that none sees another."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,12 @@ def test_a_million_rows_are_packed_in_a_moment():
     assert lengths.sum() / (len(packing) * 2048) > 0.999
 
 
+def test_no_rows_take_no_sequences():
+    packing = pack(np.zeros(0, dtype=np.int64), 64)
+    assert len(packing) == 0
+    assert rows_of(packing) == []
+
+
 def train(run_dir, stops=()):
     """Run to the end, in attempts that end after the given updates; the events of the last attempt."""
     run = RunSpec.model_validate_json((run_dir / "job.json").read_text())
@@ -81,3 +89,14 @@ def test_a_packed_run_resumes_where_it_was_and_says_how_dense_it_is(tmp_path):
     assert dataset["num_packed_sequences"] < 54
     evaluations = [[fields["loss"] for kind, fields in found if kind == "eval"] for found in events]
     assert evaluations[0][-1] == evaluations[1][-1]
+
+
+def test_a_packed_run_without_held_out_rows_trains_to_its_end(tmp_path):
+    run = prepare_run(tmp_path, rows=20, packing=True, max_steps=4)
+    job = json.loads((run / "job.json").read_text())
+    (run / "job.json").write_text(json.dumps(job | {"eval_fraction": 0.0}))
+    events = train(run)
+    started = next(fields for kind, fields in events if kind == "started")
+    assert (started["dataset"]["num_train_rows"], started["dataset"]["num_eval_rows"]) == (20, 0)
+    assert not [kind for kind, _ in events if kind == "eval"]
+    assert (run / "artifacts" / "tuned" / "model.safetensors").is_file()

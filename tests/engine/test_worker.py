@@ -2,10 +2,13 @@
 
 import fcntl
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -145,6 +148,56 @@ def test_a_worker_whose_parent_is_killed_checkpoints_and_stops(tmp_path):
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     assert events_of(run)[-1]["reason"] == "stopped"
     assert events_of(run, kind="checkpoint")[-1]["step"] == events_of(run)[-1]["step"]
+
+
+def test_a_death_that_the_kernel_tells_twice_is_one_wish_to_stop(tmp_path):
+    """It tells of every thread of the parent that dies while the worker is that thread's child: of a server's, several."""
+    run = prepare_run(tmp_path, max_steps=100_000)
+    script = (
+        "import subprocess, sys, threading\n"
+        "children = []\n"
+        "def start():\n"
+        "    children.append(subprocess.Popen(sys.argv[1:]))\n"
+        "    print(children[0].pid, flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "thread = threading.Thread(target=start)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "print('the thread is gone', flush=True)\n"
+        "children[0].wait()"
+    )
+    command = [sys.executable, "-c", script, *worker_command(run, 1)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=worker_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        status = Path(f"/proc/{worker.pid}/status")
+        until(lambda: int(re.search(r"SigCgt:\t(\w+)", status.read_text())[1], 16) & 1 << signal.SIGTERM - 1)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline()
+        until(lambda: events_of(run, kind="loading"))
+        parent.kill()
+    psutil.wait_procs([worker], timeout=60)
+    assert events_of(run)[-1]["reason"] == "stopped"
+
+
+def until(condition):
+    """Block until something holds; the test's time ends what never does."""
+    while not condition():
+        os.sched_yield()
+
+
+def test_one_sigterm_after_the_parents_death_still_checkpoints(tmp_path):
+    run = prepare_run(tmp_path, max_steps=100_000)
+    worker = start_worker(run)
+    wait_for(run, 1, worker, "started")
+    worker.send_signal(signal.SIGSTOP)  # so that both wishes are there before an update can end
+    os.kill(worker.pid, signal.SIGHUP)
+    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(signal.SIGCONT)
+    assert exit_code(worker) == 75, "a death and one wish: checkpoint and stop"
+    assert events_of(run)[-1]["reason"] == "stopped"
 
 
 def test_a_second_trainer_on_the_device_leaves_at_once(tmp_path):
