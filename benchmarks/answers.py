@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.spec import TrainingSpec
-from planner import PLANNER_VERSION, PlanRequest, plan
+from chunkplan.engine.spec import TrainingSpec
+from chunkplan.planner import PLANNER_VERSION, PlanRequest, plan
 
 QUESTIONS = (
     ("llama-3-8b", "rtx-4090"),

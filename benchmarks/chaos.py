@@ -30,8 +30,8 @@ import httpx
 import psutil
 
 from benchmarks.chaos_checks import Asked, find_violations
-from service.db import Database
-from service.db.tables import AttemptRow
+from chunkplan.service.db import Database
+from chunkplan.service.db.tables import AttemptRow
 from tests.support.live import TRAINING, LiveServer, free_port, gone
 from tests.support.model import write_chats, write_tiny_model
 from tests.support.postgres import PostgresCluster
@@ -162,7 +162,7 @@ class Stage:
         return {
             process: Path(line[line.index("--run-dir") + 1]).name
             for process, line in self.processes().items()
-            if "engine.worker" in line and "--run-dir" in line
+            if "chunkplan.engine.worker" in line and "--run-dir" in line
         }
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.db import Database
-from service.db.check import check
-from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, SampleRow
-from service.jobs.states import TRANSITIONS, JobState
+from chunkplan.service.db import Database
+from chunkplan.service.db.check import check
+from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, SampleRow
+from chunkplan.service.job_states import TRANSITIONS, JobState
 
 _NOT_IN_EVENTS = {"type", "time"}
 

@@ -63,7 +63,7 @@ def check(folder: Path, options: list[str]) -> dict[str, Any]:
         "CHUNKPLAN_REFUSALS_BURST": "1000000",
         "CHUNKPLAN_PLAN_TIMEOUT_SECONDS": "600",
     }
-    command = [sys.executable, "-m", "service.cli", "keys", "create", "--name", "contract"]
+    command = [sys.executable, "-m", "chunkplan.service.cli", "keys", "create", "--name", "contract"]
     command += ["--scope", "submit", "--scope", "admin", "--json"]
     key = json.loads(subprocess.check_output(command, env=os.environ | environment))["key"]
     server = LiveServer(environment, folder / "server.log")

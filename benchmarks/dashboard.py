@@ -28,10 +28,10 @@ from typing import Any
 from sqlalchemy import Connection, insert, text, update
 from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.dashboard.percentiles import bucket_of
-from service.db import Database, upgrade
-from service.db.tables import (
+from chunkplan.service.app import create_app
+from chunkplan.service.profiles.percentiles import bucket_of
+from chunkplan.service.db import Database, upgrade
+from chunkplan.service.db.tables import (
     AttemptRow,
     JobDayRow,
     JobRow,
@@ -40,13 +40,13 @@ from service.db.tables import (
     ProfilePhaseRow,
     ProfileRow,
 )
-from service.ids import new_id
-from service.jobs.states import JobState, Reason
-from service.jobs.turn import turn_at
-from service.logs import configure_logging
-from service.operation.retention import Retention
-from service.plans.worker import PlannerProcess
-from service.settings import Settings
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.job_states import JobState, Reason
+from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.operation.logs import configure_logging
+from chunkplan.service.operation.retention import Retention
+from chunkplan.service.plans.planning_process import PlannerProcess
+from chunkplan.service.settings import Settings
 from tests.support.clock import FixedClock
 from tests.support.postgres import PostgresCluster
 

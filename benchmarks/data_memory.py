@@ -26,7 +26,7 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from engine.data import Batches, check_dataset, load_dataset
+from chunkplan.engine.data import Batches, check_dataset, load_dataset
 
 RESULTS = Path(__file__).parent / "results" / "data_memory.json"
 LIMIT_BYTES = 200 * 10**6

@@ -70,8 +70,8 @@ def serve(connection: Connection, method: Method) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from benchmarks.methods import OPTIMIZERS, chunkft, usual_loop
-    from engine.profiler import CpuProfiler
-    from engine.step import StepOptions, prepared
+    from chunkplan.engine.record.profiler import CpuProfiler
+    from chunkplan.engine.training.step import StepOptions, prepared
 
     torch.manual_seed(0)
     profiler = CpuProfiler()
@@ -156,7 +156,7 @@ def theoretical_flops(method: Method) -> list[float] | None:
 
 def chunk_flops(num_chunks: int, index: int) -> float:
     """One update with one chunk active: matrix products and attention, with full checkpointing and the fused loss."""
-    from engine.chunks import partition
+    from chunkplan.engine.stream.chunks import partition
 
     num_tokens, num_layers = SEQ_LEN * BATCH_SIZE, CONFIG["num_hidden_layers"]
     infos = _parameters()
@@ -201,7 +201,7 @@ _UPSTREAM = {
 
 
 def _parameters() -> Any:
-    from engine.chunks import ParameterInfo
+    from chunkplan.engine.stream.chunks import ParameterInfo
 
     layer = {**_MATRICES, "input_layernorm": (_WIDTH,), "post_attention_layernorm": (_WIDTH,)}
     infos = [ParameterInfo("embed_tokens.weight", (CONFIG["vocab_size"], _WIDTH), 4)]
@@ -274,8 +274,8 @@ def print_table(result: dict[str, Any]) -> None:
 
 def planned_breakdown() -> dict[str, int]:
     """Where each byte is at the planned peak of the first chunk schedule."""
-    from engine.spec import parse
-    from planner import PlanRequest, plan
+    from chunkplan.engine.spec import parse
+    from chunkplan.planner import PlanRequest, plan
 
     training = {
         "seq_len": SEQ_LEN, "micro_batch_size": BATCH_SIZE, "precision": "fp32", "schedule": {"num_chunks": 16},

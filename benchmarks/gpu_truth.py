@@ -9,7 +9,7 @@ It can be stopped at any time: what is in the output file is not measured again 
 and ``--minutes`` ends it between two cases. Needs torch, transformers and pydantic, neither a service nor a database.
 Where a GPU machine lacks pydantic, carry it: ``pip install --target wheels pydantic`` on a machine with the same
 Python, and ``PYTHONPATH=wheels`` there. ``--device cpu`` runs the grid's first cases on the processor, to its end, and
-says what it could not check. ``--fit FILE`` writes the runs as a calibration (planner.calibration).
+says what it could not check. ``--fit FILE`` writes the runs as a calibration (chunkplan.planner.calibration.margins).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from typing import Any
 import torch
 
 from benchmarks.planner_accuracy import CONFIGS, build, measure, summary, versions
-from engine import ChunkFT
-from engine.profiler import CudaProfiler
-from engine.spec import TrainingSpec
-from planner import Plan, PlanRequest, plan
-from planner.allocator import CachingAllocator
-from planner.cache import code_digest
-from planner.calibration import Calibration, Observation, device_key, write_calibration
-from planner.catalog import detect_gpu, find_gpu, find_model
-from planner.overheads import attention_backward_scratch_bytes, overheads
-from planner.residuals import STEP, residuals
-from planner.spec import GpuSpec
+from chunkplan.engine import ChunkFT
+from chunkplan.engine.record.profiler import CudaProfiler
+from chunkplan.engine.spec import TrainingSpec
+from chunkplan.planner import Plan, PlanRequest, plan
+from chunkplan.planner.allocator.caching import CachingAllocator
+from chunkplan.planner.trace.store import code_digest
+from chunkplan.planner.calibration.margins import Calibration, Observation, device_key, write_calibration
+from chunkplan.planner.catalog import detect_gpu, find_gpu, find_model
+from chunkplan.planner.catalog.overheads import attention_backward_scratch_bytes, overheads
+from chunkplan.planner.calibration.residuals import STEP, residuals
+from chunkplan.planner.spec import GpuSpec
 
 RESULTS = Path(__file__).parent / "results" / "gpu_truth.json"
 MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2-medium", "pythia-410m", "gemma-2-2b")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import ChunkFT
-from engine.step import Observer, StepOptions, forward_backward, num_counted_tokens
+from chunkplan.engine import ChunkFT
+from chunkplan.engine.training.step import Observer, StepOptions, forward_backward, num_counted_tokens
 
 Update = Callable[[int, dict[str, Tensor]], None]
 """``update(number, batch)``: the update's number decides the learning rate."""

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from engine.spec import Precision, TrainingSpec
+from chunkplan.engine.spec import Precision, TrainingSpec
 
 GIB = 2**30
 Answer = int | str

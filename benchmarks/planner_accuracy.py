@@ -30,15 +30,15 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.peers import PEERS, peers_say
-from engine import ChunkFT
-from engine.lora import add_adapters
-from engine.models import DTYPES, attention_for
-from engine.profiler import CpuProfiler
-from engine.spec import TrainingSpec
-from engine.tasks import Task, task_of, task_of_config
-from planner import PLANNER_VERSION, Plan, PlanRequest, plan
-from planner.cache import code_digest
-from planner.residuals import STEP, Residual, residuals
+from chunkplan.engine import ChunkFT
+from chunkplan.engine.model.adapters import add_adapters
+from chunkplan.engine.model.loading import DTYPES, attention_for
+from chunkplan.engine.record.profiler import CpuProfiler
+from chunkplan.engine.spec import TrainingSpec
+from chunkplan.engine.model.tasks import Task, task_of, task_of_config
+from chunkplan.planner import PLANNER_VERSION, Plan, PlanRequest, plan
+from chunkplan.planner.trace.store import code_digest
+from chunkplan.planner.calibration.residuals import STEP, Residual, residuals
 
 RESULTS = Path(__file__).parent / "results" / "planner_accuracy.json"
 

@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from planner.allocator import MIB, CachingAllocator
-from planner.catalog import find_gpu, find_model, gpus, models
+from chunkplan.planner.allocator.caching import MIB, CachingAllocator
+from chunkplan.planner.catalog import find_gpu, find_model, gpus, models
 
 RESULTS = Path(__file__).parent / "results" / "planner_speed.json"
 Event = tuple[int, int]
@@ -53,9 +53,9 @@ NUM_CHUNKS = (8, 16)
 
 _COLD = """
 import sys, time
-import planner.trace, planner.update
-from engine.spec import parse
-from planner import PlanRequest, plan
+import chunkplan.planner.trace.tracer, chunkplan.planner.trace.slice_update
+from chunkplan.engine.spec import parse
+from chunkplan.planner import PlanRequest, plan
 request = parse(PlanRequest, {"model": "llama-3-70b", "gpu": "h200"})
 wall, cpu = time.perf_counter(), time.process_time()
 plan(request)
@@ -63,9 +63,9 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 """
 _FURTHER = """
 import statistics, time
-from engine.spec import parse
-from planner import PlanRequest
-from planner.planning import Planner
+from chunkplan.engine.spec import parse
+from chunkplan.planner import PlanRequest
+from chunkplan.planner.answers.plan import Planner
 request = parse(PlanRequest, {"model": "llama-3-8b", "gpu": "h200"})
 planner, training = Planner(request), request.training
 schedules = [training.schedule.model_copy(update={"num_chunks": n}) for n in (8, 16, 32)]
@@ -81,10 +81,10 @@ print(statistics.median(seconds))
 """
 _AUTO = """
 import time
-from engine.spec import parse
-from planner import PlanRequest, plan
-from planner.planning import Planner
-from planner.search import candidates, choose
+from chunkplan.engine.spec import parse
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.answers.plan import Planner
+from chunkplan.planner.search.choose import candidates, choose
 request = parse(PlanRequest, {"model": "llama-3-8b", "gpu": "h200", "training": {"schedule": "auto"}})
 wall, cpu = time.perf_counter(), time.process_time()
 plan(request)
@@ -164,7 +164,7 @@ def automatic(folder: Path) -> dict[str, float]:
 
 def command(folder: Path) -> dict[str, float]:
     """``chunkplan plan`` in a new process: with nothing traced, then again."""
-    arguments = ["-m", "service.cli", "plan", "--model", "llama-3-8b", "--gpu", "rtx-4090", "--json"]
+    arguments = ["-m", "chunkplan.service.cli", "plan", "--model", "llama-3-8b", "--gpu", "rtx-4090", "--json"]
     figures = {}
     for name in ("cold", "traced_before"):
         begin, before = time.perf_counter(), _children_seconds()
@@ -233,7 +233,7 @@ def _server(folder: Path) -> Iterator[tuple[int, int]]:
     own = {"PORT": str(port), "DATA_DIR": str(folder / "var"), "CACHE_DIR": str(folder / "traces")}
     environment = os.environ | {f"CHUNKPLAN_{name}": value for name, value in own.items()}
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "service.serve"], env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "chunkplan.service.serve"], env=environment, stdout=log, stderr=log)
         try:
             while True:
                 try:

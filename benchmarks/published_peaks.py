@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import PEERS, peers_say
-from planner import PLANNER_VERSION, Plan, PlanRequest, plan, timeline
-from planner.catalog import find_model
+from chunkplan.planner import PLANNER_VERSION, Plan, PlanRequest, plan, timeline
+from chunkplan.planner.catalog import find_model
 
 HERE = Path(__file__).parent
 GIB = 2**30

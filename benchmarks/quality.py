@@ -143,7 +143,7 @@ def settings() -> list[Setting]:
 
 def prepared_texts() -> dict[str, Path]:
     """The two sets as JSONL, by name."""
-    from service.demo.assets import prepare_chats, prepare_model
+    from chunkplan.service.demo.assets import prepare_chats, prepare_model
 
     prepare_model(VAR)
     return {"soc_codes": prepare_chats(VAR), "brown": _prepared_brown()}
@@ -183,11 +183,11 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
     """Train with one setting; what the table needs, as plain values."""
     import torch
 
-    from engine.data import Batches, collate, load_dataset
-    from engine.models import load_model, load_tokenizer
-    from engine.profiler import CpuProfiler
-    from engine.spec import Precision
-    from engine.step import StepOptions, evaluate
+    from chunkplan.engine.data import Batches, collate, load_dataset
+    from chunkplan.engine.model.loading import load_model, load_tokenizer
+    from chunkplan.engine.record.profiler import CpuProfiler
+    from chunkplan.engine.spec import Precision
+    from chunkplan.engine.training.step import StepOptions, evaluate
 
     torch.manual_seed(setting.seed)
     tokenizer = load_tokenizer(MODEL)
@@ -228,7 +228,7 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
 def _method(model: Any, setting: Setting, observer: Any) -> Update:
     """The setting's update, with a rate that falls linearly: by cycle for chunks, by update for the others."""
     from benchmarks.methods import OPTIMIZERS, chunkft, linear_decay, usual_loop
-    from engine.step import StepOptions
+    from chunkplan.engine.training.step import StepOptions
 
     if setting.method != "chunkft":
         rate = linear_decay(setting.learning_rate, setting.num_updates)

@@ -1,6 +1,6 @@
 """Real trainer processes against their bounds: python -m benchmarks.trainer_process [--output FILE] [--fit].
 
-Every case is a job as a service runs it: ``python -m engine.worker`` on a random model with a tokenizer as large as its
+Every case is a job as a service runs it: ``python -m chunkplan.engine.worker`` on a random model with a tokenizer as large as its
 vocabulary, with evaluations and a checkpoint, for two cycles (from the second on all states exist). Its highest
 resident memory is compared with the plan's ``device_bytes`` and ``upper_bytes``.
 
@@ -35,13 +35,13 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from benchmarks.planner_accuracy import CONFIGS, Case, build, case, grid, llama_like, versions
-from engine.schedule import Schedule
-from engine.spec import TrainingSpec
-from engine.tasks import Task, task_of_config
-from planner import Plan, PlanRequest, plan
-from planner.calibration import BUILT_IN, Calibration, Margin, Observation, fit, write_calibration
-from planner.catalog import find_gpu
-from planner.overheads import overheads
+from chunkplan.engine.stream.schedule import Schedule
+from chunkplan.engine.spec import TrainingSpec
+from chunkplan.engine.model.tasks import Task, task_of_config
+from chunkplan.planner import Plan, PlanRequest, plan
+from chunkplan.planner.calibration.margins import BUILT_IN, Calibration, Margin, Observation, fit, write_calibration
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.planner.catalog.overheads import overheads
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "trainer_process.json"
@@ -196,7 +196,7 @@ def measure(item: Case) -> dict[str, Any]:
         log = run_dir / "attempts" / "1" / "log.txt"
         log.parent.mkdir(parents=True)
         (run_dir / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "engine.worker", "--run-dir", str(run_dir), "--attempt", "1"]
+        command = [sys.executable, "-m", "chunkplan.engine.worker", "--run-dir", str(run_dir), "--attempt", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with log.open("w") as file:
             code = subprocess.run(

@@ -8,21 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from engine.chunks import Chunk
-from engine.errors import InputError
+from chunkplan.engine.stream.chunks import Chunk
+from chunkplan.engine.errors import InputError
 
 if TYPE_CHECKING:
-    from engine.gradients import ActiveSlice, activate
-    from engine.stream import ParameterStream
-    from engine.tuner import ChunkFT
+    from chunkplan.engine.gradients.activation import ActiveSlice, activate
+    from chunkplan.engine.stream.parameters import ParameterStream
+    from chunkplan.engine.training.chunkft import ChunkFT
 
 __all__ = ["ActiveSlice", "Chunk", "ChunkFT", "InputError", "ParameterStream", "activate"]
 
 _HOMES = {
-    "ActiveSlice": "engine.gradients",
-    "ChunkFT": "engine.tuner",
-    "ParameterStream": "engine.stream",
-    "activate": "engine.gradients",
+    "ActiveSlice": "chunkplan.engine.gradients.activation",
+    "ChunkFT": "chunkplan.engine.training.chunkft",
+    "ParameterStream": "chunkplan.engine.stream.parameters",
+    "activate": "chunkplan.engine.gradients.activation",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs one training attempt, as ``python -m engine.worker --run-dir RUN --attempt N``.
+"""Runs one training attempt, as ``python -m chunkplan.engine.worker --run-dir RUN --attempt N``.
 
 docs/architecture.md describes the protocol: RUN/job.json in, RUN/attempts/N/events.jsonl out, exit codes, signals.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine.device_lock import Share, lock_device
-from engine.errors import InputError
-from engine.heap import run_with_steady_heap
-from engine.spec import RunSpec, parse
+from chunkplan.engine.process.device_lock import Share, lock_device
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.process.steady_heap import run_with_steady_heap
+from chunkplan.engine.spec import RunSpec, parse
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_DEVICE_BUSY = 0, 1, 75, 76
 _PR_SET_PDEATHSIG = 1
@@ -80,8 +80,8 @@ def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Call
     """Train; turn what can go wrong into one ``failed`` event. Returns the exit code."""
     try:
         run = parse(RunSpec, (run_dir / "job.json").read_text())
-        from engine.tensorboard import TensorBoard
-        from engine.trainer import Trainer
+        from chunkplan.engine.record.tensorboard import TensorBoard
+        from chunkplan.engine.training.trainer import Trainer
 
         report("loading")
         with closing(TensorBoard(run_dir / "tensorboard", report)) as board:
@@ -107,7 +107,7 @@ def failure_reason(error: Exception) -> str:
     """The reason code of a failed event."""
     from torch import OutOfMemoryError
 
-    from engine.trainer import Diverged
+    from chunkplan.engine.training.trainer import Diverged
 
     if isinstance(error, Diverged):
         return "diverged"
@@ -126,7 +126,7 @@ def needed_bytes(error: Exception) -> int:
     """
     import torch
 
-    from engine.profiler import process_peak_bytes
+    from chunkplan.engine.record.profiler import process_peak_bytes
 
     if torch.cuda.is_initialized():
         held = max(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count()))
@@ -138,7 +138,7 @@ def needed_bytes(error: Exception) -> int:
 
 def main() -> int:
     """Entry point of the subprocess."""
-    parser = argparse.ArgumentParser(prog="python -m engine.worker", description="Run one training attempt.")
+    parser = argparse.ArgumentParser(prog="python -m chunkplan.engine.worker", description="Run one training attempt.")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with job.json")
     parser.add_argument("--attempt", type=int, required=True, help="number of this attempt, from 1")
     parser.add_argument("--lock-file", type=Path, help="lock of the device; exclusive without --share")

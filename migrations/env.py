@@ -1,12 +1,12 @@
-"""Alembic's entry point: a given connection (from `service.db.upgrade`), or the configured database."""
+"""Alembic's entry point: a given connection (from `chunkplan.service.db.upgrade`), or the configured database."""
 
 from alembic import context
 from sqlalchemy import Connection
 
-import service.db.tables  # noqa: F401 - fills the metadata
-from service.db.base import Base, UtcDateTime
-from service.db.database import create_database_engine
-from service.settings import Settings
+import chunkplan.service.db.tables  # noqa: F401 - fills the metadata
+from chunkplan.service.db.base import Base, UtcDateTime
+from chunkplan.service.db.database import create_database_engine
+from chunkplan.service.settings import Settings
 
 
 def render_item(kind: str, item: object, _context: object) -> str | bool:

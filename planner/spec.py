@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.spec import ModelRef, ScheduleSpec, SpecModel, TrainingSpec
+from chunkplan.engine.spec import ModelRef, ScheduleSpec, SpecModel, TrainingSpec
 
 Rate = Annotated[float, Field(ge=1e6, le=1e21)]
 """Per second: no device is slower, and times stay finite."""
@@ -33,7 +33,7 @@ class GpuSpec(SpecModel):
     link_bandwidth: Rate = 1.6e10
     """Host to device, bytes per second, one direction, achievable."""
     context_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
-    """CUDA context and loaded libraries; None takes the planner's table (planner.overheads), here and below."""
+    """CUDA context and loaded libraries; None takes the planner's table (chunkplan.planner.catalog.overheads), here and below."""
     workspace_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """One matrix-multiplication workspace of cuBLAS."""
     driver_reserved_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None

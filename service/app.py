@@ -1,4 +1,4 @@
-"""The application: ``create_app(Settings())``. See `service.serve` for the server around it."""
+"""The application: ``create_app(Settings())``. See `chunkplan.service.serve` for the server around it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from anyio import to_thread
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from service import errors
-from service.access.gate import Gate
-from service.catalog import endpoints as catalog
-from service.clock import Clock
-from service.dashboard import endpoints as dashboard
-from service.db import upgrade
-from service.errors import ProblemView
-from service.files import endpoints as files
-from service.fine_tuning import endpoints as fine_tuning
-from service.jobs import endpoints as jobs
-from service.jobs import stream
-from service.middleware import BodyLimit, RequestContext
-from service.openapi import describe
-from service.operation import endpoints as operation
-from service.plans import endpoints as plans
-from service.plans.worker import Planner
-from service.profiles import endpoints as profiles
-from service.services import Services, build_services
-from service.settings import Settings
+from chunkplan.service import errors
+from chunkplan.service.access.gate import Gate
+from chunkplan.service.catalog import endpoints as catalog
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.dashboard import endpoints as dashboard
+from chunkplan.service.db import upgrade
+from chunkplan.service.errors import ProblemView
+from chunkplan.service.files import endpoints as files
+from chunkplan.service.fine_tuning import endpoints as fine_tuning
+from chunkplan.service.jobs import endpoints as jobs
+from chunkplan.service.jobs import stream
+from chunkplan.service.http.middleware import BodyLimit, RequestContext
+from chunkplan.service.http.openapi import describe
+from chunkplan.service.operation import endpoints as operation
+from chunkplan.service.plans import endpoints as plans
+from chunkplan.service.plans.planning_process import Planner
+from chunkplan.service.profiles import endpoints as profiles
+from chunkplan.service.services import Services, build_services
+from chunkplan.service.settings import Settings
 
 log = structlog.get_logger(__name__)
 

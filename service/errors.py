@@ -10,7 +10,7 @@
     ├── TooMany         429 code, with Retry-After
     └── Busy            503 code, with Retry-After
 
-`engine.errors.InputError` (422 invalid_input) is the one for bad input, wherever it is raised.
+`chunkplan.engine.errors.InputError` (422 invalid_input) is the one for bad input, wherever it is raised.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
 
-from engine.errors import InputError
-from engine.spec import validation_field
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import validation_field
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -1,4 +1,4 @@
-"""The server: ``python -m service.serve``, or ``chunkplan serve``."""
+"""The server: ``python -m chunkplan.service.serve``, or ``chunkplan serve``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from engine.errors import InputError
-from service.app import create_app
-from service.clock import Clock
-from service.db import upgrade
-from service.errors import field_errors
-from service.logs import configure_logging
-from service.services import Services
-from service.settings import Settings
+from chunkplan.engine.errors import InputError
+from chunkplan.service.app import create_app
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import upgrade
+from chunkplan.service.errors import field_errors
+from chunkplan.service.operation.logs import configure_logging
+from chunkplan.service.services import Services
+from chunkplan.service.settings import Settings
 
 _SHUTDOWN_SECONDS = 10
 """For requests in flight; running attempts have their own, longer, time."""

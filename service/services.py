@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from threading import Event
 
-from service.access.limits import Turns
-from service.access.service import Access
-from service.clock import Clock, SystemClock
-from service.db import Database
-from service.execution.devices import local_devices
-from service.execution.identity import ProcessIdentity
-from service.execution.local import LocalExecution
-from service.execution.replanning import Replanner
-from service.execution.supervisor import Supervisor
-from service.files.service import FileService
-from service.jobs.feed import EventFeed
-from service.jobs.service import JobService
-from service.operation.metrics import Metrics
-from service.operation.retention import Housekeeper
-from service.plans.service import PlanService
-from service.plans.worker import Planner, PlannerProcess
-from service.settings import Settings
+from chunkplan.service.access.limits import Turns
+from chunkplan.service.access.service import Access
+from chunkplan.service.kit.clock import Clock, SystemClock
+from chunkplan.service.db import Database
+from chunkplan.service.machines.devices import local_devices
+from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.executors.local import LocalExecution
+from chunkplan.service.execution.replanning import Replanner
+from chunkplan.service.execution.supervisor import Supervisor
+from chunkplan.service.files.service import FileService
+from chunkplan.service.jobs.feed import EventFeed
+from chunkplan.service.jobs.service import JobService
+from chunkplan.service.operation.metrics import Metrics
+from chunkplan.service.operation.retention import Housekeeper
+from chunkplan.service.plans.service import PlanService
+from chunkplan.service.plans.planning_process import Planner, PlannerProcess
+from chunkplan.service.settings import Settings
 
 
 @dataclass(frozen=True)

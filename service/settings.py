@@ -15,7 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from engine.errors import InputError
+from chunkplan.engine.errors import InputError
 
 MEBIBYTE = 1 << 20
 GIBIBYTE = 1 << 30

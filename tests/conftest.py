@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.db import upgrade
-from service.logs import configure_logging
-from service.plans.worker import PlannerProcess
-from service.services import Services
-from service.settings import Settings
+from chunkplan.service.app import create_app
+from chunkplan.service.db import upgrade
+from chunkplan.service.operation.logs import configure_logging
+from chunkplan.service.plans.planning_process import PlannerProcess
+from chunkplan.service.services import Services
+from chunkplan.service.settings import Settings
 from tests.support.clock import FixedClock
 from tests.support.live import LiveServer
 from tests.support.model import write_chats, write_tiny_model
@@ -168,7 +168,7 @@ def start_server(
     """Starts real servers on one database and one data folder; ends them, and asserts that no trainer is left."""
     servers: list[LiveServer] = []
 
-    def start(module: str = "service.serve", **settings: object) -> LiveServer:
+    def start(module: str = "chunkplan.service.serve", **settings: object) -> LiveServer:
         environment = {
             "CHUNKPLAN_DATABASE_URL": database_url,
             "CHUNKPLAN_DATA_DIR": str(tmp_path / "var"),

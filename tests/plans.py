@@ -1,6 +1,6 @@
 """Plans made by hand, for tests of what shows them."""
 
-from planner.spec import Breakdown, ChunkPlan, ModelFacts, Peak, Plan, PlanRequest
+from chunkplan.planner.spec import Breakdown, ChunkPlan, ModelFacts, Peak, Plan, PlanRequest
 
 GIB = 1 << 30
 

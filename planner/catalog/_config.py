@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from engine.errors import InputError
-from planner.catalog._data import did_you_mean, load
+from chunkplan.engine.errors import InputError
+from chunkplan.planner.catalog._data import did_you_mean, load
 
 MAX_LAYERS = 2000
 MAX_SIZE = 10_000_000

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from engine.errors import InputError
-from planner.catalog._data import did_you_mean, load
-from planner.catalog._host import host_as_gpu
-from planner.spec import GpuSpec
+from chunkplan.engine.errors import InputError
+from chunkplan.planner.catalog._data import did_you_mean, load
+from chunkplan.planner.catalog._host import host_as_gpu
+from chunkplan.planner.spec import GpuSpec
 
 MIB = 1024**2
 _BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "amd", "instinct", "radeon", "graphics", "gpu"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from planner.spec import GpuSpec
+from chunkplan.planner.spec import GpuSpec
 
 CORE_FLOPS = 8e10
 """fp32 FLOP/s that one server core sustains in matrix products: 86 to 93 GFLOP/s measured on a 2.6 GHz Zen 5 core."""

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
-from engine.spec import ModelConfig, ModelPath, ModelRef
-from planner.catalog._config import causal_lm_class, check_config
-from planner.catalog._data import did_you_mean, load
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import ModelConfig, ModelPath, ModelRef
+from chunkplan.planner.catalog._config import causal_lm_class, check_config
+from chunkplan.planner.catalog._data import did_you_mean, load
 
 MAX_CONFIG_BYTES = 4 * 1024**2
 """A config.json above this size is refused unread (long rope tables stay under 100 KB)."""

@@ -14,13 +14,13 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.access.keys import ANYBODY, Caller
-from service.access.keys import Scope as KeyScope
-from service.access.limits import Buckets
-from service.access.service import Access
-from service.clock import Clock
-from service.errors import DATABASE_AWAY, Forbidden, Problem, Unauthenticated, database_away, respond
-from service.settings import Settings
+from chunkplan.service.access.keys import ANYBODY, Caller
+from chunkplan.service.access.keys import Scope as KeyScope
+from chunkplan.service.access.limits import Buckets
+from chunkplan.service.access.service import Access
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.errors import DATABASE_AWAY, Forbidden, Problem, Unauthenticated, database_away, respond
+from chunkplan.service.settings import Settings
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 """They show nothing of anybody's."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from service.db.base import DEFAULT_PROJECT
-from service.ids import new_id
+from chunkplan.service.db.base import DEFAULT_PROJECT
+from chunkplan.service.kit.ids import new_id
 
 _FORMAT = re.compile(r"cpk_([0-9a-z]{26})_[A-Za-z0-9_-]{43}")
 SECRETS = re.compile(r"cpk_([0-9a-z]{26})_[A-Za-z0-9_-]+")

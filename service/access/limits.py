@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from service.clock import Clock
-from service.errors import TooMany
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.errors import TooMany
 
 
 @dataclass

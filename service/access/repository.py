@@ -8,9 +8,9 @@ from datetime import datetime
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from service.db.tables import ApiKeyRow
-from service.errors import NotFound
-from service.ids import is_well_formed
+from chunkplan.service.db.tables import ApiKeyRow
+from chunkplan.service.errors import NotFound
+from chunkplan.service.kit.ids import is_well_formed
 
 
 class KeyRepository:

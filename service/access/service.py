@@ -10,13 +10,13 @@ from datetime import datetime, timedelta
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.errors import InputError
-from service.access.keys import Caller, NewKey, Scope, digest, granted, id_in
-from service.access.repository import KeyRepository
-from service.clock import Clock
-from service.db import Database
-from service.db.tables import ApiKeyRow
-from service.errors import Unauthenticated
+from chunkplan.engine.errors import InputError
+from chunkplan.service.access.keys import Caller, NewKey, Scope, digest, granted, id_in
+from chunkplan.service.access.repository import KeyRepository
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database
+from chunkplan.service.db.tables import ApiKeyRow
+from chunkplan.service.errors import Unauthenticated
 
 log = structlog.get_logger(__name__)
 

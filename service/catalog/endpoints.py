@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from planner.catalog import gpus, models
-from service.catalog.schemas import GpuView, ModelView
-from service.dependencies import ServicesDep
-from service.paging import Page
+from chunkplan.planner.catalog import gpus, models
+from chunkplan.service.catalog.schemas import GpuView, ModelView
+from chunkplan.service.http.dependencies import ServicesDep
+from chunkplan.service.kit.paging import Page
 
 router = APIRouter(prefix="/v1", tags=["catalogs"])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from planner.catalog import ModelEntry
-from planner.spec import GpuSpec
-from service.paging import Listed
+from chunkplan.planner.catalog import ModelEntry
+from chunkplan.planner.spec import GpuSpec
+from chunkplan.service.kit.paging import Listed
 
 
 class ModelView(Listed):

@@ -9,6 +9,6 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 ok, 1 failed, 2 usage or bad input, 3 does not fit."""
-    from service.cli.entry import run
+    from chunkplan.service.cli.entry import run
 
     return run(arguments)

@@ -1,7 +1,7 @@
-"""``python -m service.cli``: the command without an installed script."""
+"""``python -m chunkplan.service.cli``: the command without an installed script."""
 
 import sys
 
-from service.cli import main
+from chunkplan.service.cli import main
 
 sys.exit(main())

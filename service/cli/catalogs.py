@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from engine.spec import TrainingSpec, parse
-from planner.spec import GpuSpec
-from service.cli.exits import DOES_NOT_FIT, CommandError
-from service.cli.output import JsonOption, console, count, duration, gibibytes, print_json, print_table
+from chunkplan.engine.spec import TrainingSpec, parse
+from chunkplan.planner.spec import GpuSpec
+from chunkplan.service.cli.exits import DOES_NOT_FIT, CommandError
+from chunkplan.service.cli.output import JsonOption, console, count, duration, gibibytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from planner.inverse import Fit
+    from chunkplan.planner.answers.largest import Fit
 
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=100, help="Stop after so many that fit.")]
 SeqLenOption = Annotated[int | None, typer.Option(help="Tokens per sequence, for what fits.")]
@@ -29,11 +29,11 @@ def models(
     as_json: JsonOption = False,
 ) -> None:
     """List the models of the catalog; any other is given by its folder. With --gpu: whether each fits."""
-    from planner.catalog import models as known
+    from chunkplan.planner.catalog import models as known
 
     if gpu is not None:
-        from planner.inverse import models_for
-        from service.cli.requests import device_reference
+        from chunkplan.planner.answers.largest import models_for
+        from chunkplan.service.cli.requests import device_reference
 
         device = device_reference(gpu)
         _print_fits(models_for(_device(device), _training(seq_len, chunks), limit), f"on {gpu}", as_json=as_json)
@@ -55,10 +55,10 @@ def gpus(
     as_json: JsonOption = False,
 ) -> None:
     """List the devices of the catalog; any other is given as a JSON object. With --model: which of them hold it."""
-    from planner.catalog import gpus as known
+    from chunkplan.planner.catalog import gpus as known
 
     if model is not None:
-        from planner.inverse import gpus_for
+        from chunkplan.planner.answers.largest import gpus_for
 
         _print_fits(gpus_for(model, _training(seq_len, chunks), limit), f"of {model}", as_json=as_json)
         return

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from service.cli.exits import DOES_NOT_FIT, FAILED, USAGE, CommandError
-from service.jobs.states import JobState
+from chunkplan.service.cli.exits import DOES_NOT_FIT, FAILED, USAGE, CommandError
+from chunkplan.service.job_states import JobState
 
 DEFAULT_URL = "http://127.0.0.1:8321"
 KEY_VARIABLE = "CHUNKPLAN_API_KEY"

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from service.cli.exits import FAILED, USAGE, CommandError
-from service.cli.output import JsonOption, console, gibibytes, print_json
-from service.cli.server import DatabaseOption, DataDirOption, database_errors, migrated_database, settings_with
+from chunkplan.service.cli.exits import FAILED, USAGE, CommandError
+from chunkplan.service.cli.output import JsonOption, console, gibibytes, print_json
+from chunkplan.service.cli.server import DatabaseOption, DataDirOption, database_errors, migrated_database, settings_with
 
 app = typer.Typer(help="The service's database.", no_args_is_help=True)
 
@@ -18,7 +18,7 @@ app = typer.Typer(help="The service's database.", no_args_is_help=True)
 def upgrade(database_url: DatabaseOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Bring the database to the newest revision; the service does this at its start, too."""
     with migrated_database(database_url, data_dir):
-        from service.db import head_revision
+        from chunkplan.service.db import head_revision
     if as_json:
         print_json({"revision": head_revision()})
     else:
@@ -31,8 +31,8 @@ def check(database_url: DatabaseOption = None, data_dir: DataDirOption = None, a
     settings = settings_with(database_url=database_url, data_dir=data_dir)
     from sqlalchemy.engine import make_url
 
-    from service.db import Database
-    from service.db.check import check as run
+    from chunkplan.service.db import Database
+    from chunkplan.service.db.check import check as run
 
     path = make_url(settings.database_url)
     if path.get_backend_name() == "sqlite" and not Path(path.database or "").is_file():
@@ -61,8 +61,8 @@ def backup(
 ) -> None:
     """Copy the database into FILE (SQLite), or dump it there (Postgres: pg_dump); not the data folder's other files."""
     settings = settings_with(database_url=database_url, data_dir=data_dir)
-    from service.db.backup import BackupFailed
-    from service.db.backup import backup as run
+    from chunkplan.service.db.backup import BackupFailed
+    from chunkplan.service.db.backup import backup as run
 
     with database_errors():
         try:
@@ -82,8 +82,8 @@ def backup(
 def prune(database_url: DatabaseOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Delete what is past its retention; the service does this every hour, too."""
     settings = settings_with(database_url=database_url, data_dir=data_dir)
-    from service.clock import SystemClock
-    from service.operation.retention import Retention
+    from chunkplan.service.kit.clock import SystemClock
+    from chunkplan.service.operation.retention import Retention
 
     with migrated_database(database_url, data_dir) as database:
         deleted = Retention(database, settings, SystemClock()).prune()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import typer
 
-from engine.errors import InputError
-from service.cli import catalogs, database, jobs, keys, planning, profiles, server, training
-from service.cli.exits import FAILED, USAGE, CommandError
+from chunkplan.engine.errors import InputError
+from chunkplan.service.cli import catalogs, database, jobs, keys, planning, profiles, server, training
+from chunkplan.service.cli.exits import FAILED, USAGE, CommandError
 
 app = typer.Typer(
     name="chunkplan",
@@ -32,7 +32,7 @@ app.add_typer(database.app, name="db")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """See `service.cli.main`."""
+    """See `chunkplan.service.cli.main`."""
     try:
         code = app(args=arguments, prog_name="chunkplan", standalone_mode=False)
     except CommandError as error:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from service.cli.client import DEFAULT_URL, Client, UrlOption
-from service.cli.exits import DOES_NOT_FIT, FAILED, CommandError
-from service.cli.output import JsonOption, console, duration, gibibytes, moment, number, print_json, print_table
-from service.cli.progress import progress_view
-from service.cli.requests import read_job_file
+from chunkplan.service.cli.client import DEFAULT_URL, Client, UrlOption
+from chunkplan.service.cli.exits import DOES_NOT_FIT, FAILED, CommandError
+from chunkplan.service.cli.output import JsonOption, console, duration, gibibytes, moment, number, print_json, print_table
+from chunkplan.service.cli.progress import progress_view
+from chunkplan.service.cli.requests import read_job_file
 
 app = typer.Typer(help="Jobs of a running service.", no_args_is_help=True)
 

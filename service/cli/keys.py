@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.errors import InputError
-from service.cli.output import JsonOption, console, moment, print_json, print_table
-from service.cli.server import DatabaseOption, DataDirOption, migrated_database
+from chunkplan.engine.errors import InputError
+from chunkplan.service.cli.output import JsonOption, console, moment, print_json, print_table
+from chunkplan.service.cli.server import DatabaseOption, DataDirOption, migrated_database
 
 if TYPE_CHECKING:
-    from service.db.tables import ApiKeyRow
+    from chunkplan.service.db.tables import ApiKeyRow
 
 app = typer.Typer(help="API keys of the service.", no_args_is_help=True)
 
@@ -37,8 +37,8 @@ def create(
     now = datetime.now(UTC)
     expires_at = None if expires is None else parse_expiry(expires, now)
     with migrated_database(database_url, data_dir) as database:
-        from service.access.service import Access
-        from service.clock import SystemClock
+        from chunkplan.service.access.service import Access
+        from chunkplan.service.kit.clock import SystemClock
 
         row, text = Access(database, SystemClock()).create(
             name=name, project=project, scopes=scope or ["submit"], expires_at=expires_at
@@ -59,8 +59,8 @@ def list_keys(
 ) -> None:
     """List keys, newest first."""
     with migrated_database(database_url, data_dir) as database:
-        from service.access.service import Access
-        from service.clock import SystemClock
+        from chunkplan.service.access.service import Access
+        from chunkplan.service.kit.clock import SystemClock
 
         keys = [_view(row) for row in Access(database, SystemClock()).list(project)]
     if as_json:
@@ -91,9 +91,9 @@ def revoke(
 ) -> None:
     """Revoke a key, from the next request on; safe to repeat."""
     with migrated_database(database_url, data_dir) as database:
-        from service.access.service import Access
-        from service.clock import SystemClock
-        from service.errors import NotFound
+        from chunkplan.service.access.service import Access
+        from chunkplan.service.kit.clock import SystemClock
+        from chunkplan.service.errors import NotFound
 
         try:
             row = Access(database, SystemClock()).revoke(key)

@@ -6,18 +6,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import planner
-from engine.data import check_dataset
-from engine.errors import InputError
-from engine.spec import DatasetSpec, JobRequest, ModelPath, RunSpec, TrainingSpec, parse
-from planner.catalog import find_model
-from planner.spec import Plan, PlanRequest
-from service.cli.server import settings_with
-from service.execution.devices import choose, local_devices
-from service.execution.protocol import Launch
-from service.jobs.admission import resolved_training
-from service.jobs.run_spec import run_spec
-from service.settings import Settings
+from chunkplan import planner
+from chunkplan.engine.data import check_dataset
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import DatasetSpec, JobRequest, ModelPath, RunSpec, TrainingSpec, parse
+from chunkplan.planner.catalog import find_model
+from chunkplan.planner.spec import Plan, PlanRequest
+from chunkplan.service.cli.server import settings_with
+from chunkplan.service.machines.devices import choose, local_devices
+from chunkplan.service.execution.executors.protocol import Launch
+from chunkplan.service.jobs.admission import resolved_training
+from chunkplan.service.jobs.run_spec import run_spec
+from chunkplan.service.settings import Settings
 
 
 @dataclass(frozen=True)

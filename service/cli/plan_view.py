@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.markup import escape
 
-from engine.spec import ScheduleSpec, TrainingSpec
-from planner.comparison import Compared
-from planner.spec import Alternative, ChunkPlan, Plan
-from service.cli.output import console, count, duration, gibibytes, print_table
+from chunkplan.engine.spec import ScheduleSpec, TrainingSpec
+from chunkplan.planner.answers.comparison import Compared
+from chunkplan.planner.spec import Alternative, ChunkPlan, Plan
+from chunkplan.service.cli.output import console, count, duration, gibibytes, print_table
 
 _BAR_WIDTH = 36
 _MAX_CHUNK_ROWS = 12

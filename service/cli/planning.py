@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.errors import InputError
-from engine.spec import parse
-from planner.exports import export, format_of
-from planner.spec import Plan, PlanRequest
-from service.cli.exits import DOES_NOT_FIT, CommandError
-from service.cli.output import JsonOption, console, print_json
-from service.cli.requests import device_reference, model_reference, parse_bytes
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import parse
+from chunkplan.planner.report.formats import export, format_of
+from chunkplan.planner.spec import Plan, PlanRequest
+from chunkplan.service.cli.exits import DOES_NOT_FIT, CommandError
+from chunkplan.service.cli.output import JsonOption, console, print_json
+from chunkplan.service.cli.requests import device_reference, model_reference, parse_bytes
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -133,13 +133,13 @@ def plan(
 
 def show(request: PlanRequest, *, as_json: bool) -> Plan:
     """Plan and print."""
-    import planner
+    from chunkplan import planner
 
     planned = planner.plan(request)
     if as_json:
         print_json(planned.model_dump(mode="json"))
     else:
-        from service.cli.plan_view import print_plan
+        from chunkplan.service.cli.plan_view import print_plan
 
         print_plan(planned)
     return planned
@@ -151,7 +151,7 @@ def show_largest(request: PlanRequest, name: str, *, as_json: bool) -> None:
     Raises:
         CommandError: not even the first step fits.
     """
-    from planner.inverse import STEPS, largest
+    from chunkplan.planner.answers.largest import STEPS, largest
 
     field = next((known for known in STEPS if known == name.replace("-", "_")), None)
     if field is None:
@@ -160,7 +160,7 @@ def show_largest(request: PlanRequest, name: str, *, as_json: bool) -> None:
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
-        from service.cli.plan_view import print_plan
+        from chunkplan.service.cli.plan_view import print_plan
 
         if found.value:
             print_plan(found.plan)
@@ -176,7 +176,7 @@ def show_comparison(request: PlanRequest, asked: str, *, as_json: bool) -> None:
     Raises:
         CommandError: none of them fits.
     """
-    from planner.comparison import compare
+    from chunkplan.planner.answers.comparison import compare
 
     devices, _, methods = asked.partition(":")
     found = compare(
@@ -189,7 +189,7 @@ def show_comparison(request: PlanRequest, asked: str, *, as_json: bool) -> None:
     if as_json:
         print_json([entry.model_dump(mode="json") for entry in found])
     else:
-        from service.cli.plan_view import print_comparison
+        from chunkplan.service.cli.plan_view import print_comparison
 
         print_comparison(found)
     if not any(entry.plan is not None and entry.plan.fits for entry in found):
@@ -204,14 +204,14 @@ def require_fit(planned: Plan) -> None:
     """
     if planned.fits:
         return
-    from service.cli.plan_view import refusal
+    from chunkplan.service.cli.plan_view import refusal
 
     raise CommandError(refusal(planned), DOES_NOT_FIT)
 
 
 def _draw(planned: Plan, path: Path, *, quiet: bool) -> None:
-    import planner
-    from planner.plot import plot_footprint
+    from chunkplan import planner
+    from chunkplan.planner.report.plot import plot_footprint
 
     try:
         plot_footprint(planned, planner.timeline(planned.request), path)

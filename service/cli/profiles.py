@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.client import DEFAULT_URL, Client, UrlOption
-from service.cli.exits import FAILED, CommandError
-from service.cli.output import JsonOption, console, duration, gibibytes, moment, percent, print_json, print_table
-from service.cli.residual_view import print_residuals
+from chunkplan.service.cli.client import DEFAULT_URL, Client, UrlOption
+from chunkplan.service.cli.exits import FAILED, CommandError
+from chunkplan.service.cli.output import JsonOption, console, duration, gibibytes, moment, percent, print_json, print_table
+from chunkplan.service.cli.residual_view import print_residuals
 
 if TYPE_CHECKING:
-    from planner.calibration import Observation
+    from chunkplan.planner.calibration.margins import Observation
 
 app = typer.Typer(help="What finished jobs measured, against their plans.", no_args_is_help=True)
 
@@ -87,7 +87,7 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Learn bounds and times from profiles: plans made from now on use them, and name them."""
-    from planner.calibration import MAX_OBSERVATIONS, Calibration, calibration_path, fit, write_calibration
+    from chunkplan.planner.calibration.margins import MAX_OBSERVATIONS, Calibration, calibration_path, fit, write_calibration
 
     path = output or calibration_path()
     with Client(url) as client:
@@ -109,9 +109,9 @@ def calibrate(
 
 def _observations(client: Client, limit: int) -> dict[str, tuple[str, list[Observation]]]:
     """Kind and observations of every device that has profiles, oldest first."""
-    from planner.calibration import Observation, device_key
-    from planner.catalog import find_gpu
-    from planner.spec import Plan
+    from chunkplan.planner.calibration.margins import Observation, device_key
+    from chunkplan.planner.catalog import find_gpu
+    from chunkplan.planner.spec import Plan
 
     learned: dict[str, tuple[str, list[Observation]]] = {}
     for listed in reversed(list(client.pages("/v1/profiles", limit))):
@@ -131,7 +131,7 @@ def _observations(client: Client, limit: int) -> dict[str, tuple[str, list[Obser
 
 def _known(path: Path) -> dict[str, list[Observation]]:
     """What a file holds already: of other devices it stays."""
-    from planner.calibration import read_calibration
+    from chunkplan.planner.calibration.margins import read_calibration
 
     return read_calibration(path).devices if path.exists() else {}
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service.cli.output import console, count, duration, gibibytes, number
+from chunkplan.service.cli.output import console, count, duration, gibibytes, number
 
 _LINE_SECONDS = 10.0
 """Between two plain lines about steps."""

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
-from engine.spec import JobRequest, parse
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import JobRequest, parse
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -26,7 +26,7 @@ def model_reference(given: str) -> str | dict[str, Any]:
 def device_reference(given: str | None) -> str | dict[str, Any]:
     """A catalog name, ``cpu``, or a device as a JSON object; by default what this machine has."""
     if given is None:
-        from planner.catalog import detect_gpu
+        from chunkplan.planner.catalog import detect_gpu
 
         return detect_gpu().model_dump()
     if not given.lstrip().startswith("{"):

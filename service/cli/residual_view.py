@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.residuals import STEP
-from service.cli.output import console, mebibytes, percent, print_table
+from chunkplan.planner.calibration.residuals import STEP
+from chunkplan.service.cli.output import console, mebibytes, percent, print_table
 
 
 def print_residuals(residuals: Sequence[Mapping[str, Any]], title: str = "Peak memory by chunk") -> None:
     """One row per chunk: its highest phase, predicted and measured, and the difference.
 
     Args:
-        residuals: as `planner.residuals` gives them, in JSON.
+        residuals: as `chunkplan.planner.calibration.residuals` gives them, in JSON.
         title: printed above the table.
     """
     steps = [residual for residual in residuals if residual["phase"] == STEP]

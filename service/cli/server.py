@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.exits import USAGE, CommandError
-from service.cli.output import JsonOption, print_json
+from chunkplan.service.cli.exits import USAGE, CommandError
+from chunkplan.service.cli.output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from service.db import Database
-    from service.settings import Settings
+    from chunkplan.service.db import Database
+    from chunkplan.service.settings import Settings
 
 DatabaseOption = Annotated[
     str | None, typer.Option(help="sqlite:///PATH or postgresql://…; by default in the data dir.")
@@ -30,7 +30,7 @@ def settings_with(**given: Any) -> Settings:
     """
     from pydantic import ValidationError
 
-    from service.settings import Settings
+    from chunkplan.service.settings import Settings
 
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
@@ -54,15 +54,15 @@ def serve(
     """Run the service until Ctrl-C. Settings come from options, CHUNKPLAN_* variables and CHUNKPLAN_SETTINGS_FILE."""
     settings = settings_with(host=host, port=port, database_url=database_url, data_dir=data_dir)
     if print_config:
-        from service.settings_text import as_toml, shown
+        from chunkplan.service.cli.settings_file import as_toml, shown
 
         if as_json:
             print_json(shown(settings))
         else:
             print(as_toml(settings), end="")
         return
-    from service.serve import OpenDoor
-    from service.serve import serve as run
+    from chunkplan.service.serve import OpenDoor
+    from chunkplan.service.serve import serve as run
 
     with database_errors():
         try:
@@ -79,7 +79,7 @@ def migrated_database(database_url: str | None, data_dir: Path | None) -> Iterat
         CommandError: a setting cannot be used, or the database cannot be reached.
     """
     settings = settings_with(database_url=database_url, data_dir=data_dir)
-    from service.db import Database, upgrade
+    from chunkplan.service.db import Database, upgrade
 
     with database_errors():
         upgrade(settings.database_url)

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from engine.errors import InputError
-from service.cli.exits import FAILED, CommandError
-from service.cli.output import JsonOption, console, number, print_json
-from service.cli.planning import require_fit
-from service.cli.progress import View, progress_view
-from service.cli.requests import read_job_file
+from chunkplan.engine.errors import InputError
+from chunkplan.service.cli.exits import FAILED, CommandError
+from chunkplan.service.cli.output import JsonOption, console, number, print_json
+from chunkplan.service.cli.planning import require_fit
+from chunkplan.service.cli.progress import View, progress_view
+from chunkplan.service.cli.requests import read_job_file
 
 if TYPE_CHECKING:
-    from service.cli.local_run import LocalRun
-    from service.execution.local import LocalExecution
+    from chunkplan.service.cli.local_run import LocalRun
+    from chunkplan.service.execution.executors.local import LocalExecution
 
 _POLL_SECONDS = 0.2
 _STOPPED, _DEVICE_BUSY = 75, 76
 
 
 class Sample(NamedTuple):
-    """What `planner.residuals` needs of a measured phase."""
+    """What `chunkplan.planner.calibration.residuals` needs of a measured phase."""
 
     chunk_index: int
     phase: str
@@ -74,7 +74,7 @@ def train(
 ) -> None:
     """Train a job here, without a server. Ctrl-C stops at a checkpoint; the same command resumes."""
     request = read_job_file(file)
-    from service.cli.local_run import prepare
+    from chunkplan.service.cli.local_run import prepare
 
     run = prepare(request, run_dir, data_dir)
     require_fit(run.plan)
@@ -91,7 +91,7 @@ def train(
 
 def _run(run: LocalRun, *, quiet: bool) -> Outcome:
     """Run one attempt to its end."""
-    from service.execution.local import LocalExecution
+    from chunkplan.service.execution.executors.local import LocalExecution
 
     execution = LocalExecution(run.locks_dir)
     execution.start(run.launch)
@@ -107,7 +107,7 @@ def _run(run: LocalRun, *, quiet: bool) -> Outcome:
 
 def _events(execution: LocalExecution, run: LocalRun, outcome: Outcome) -> Iterator[tuple[str, dict[str, Any]]]:
     """The attempt's events as they come, until it has ended; samples go into the outcome."""
-    from service.execution.messages import Step, read_messages
+    from chunkplan.service.execution.records.messages import Step, read_messages
 
     offset = 0
     while True:
@@ -179,7 +179,7 @@ def _check(outcome: Outcome, run: LocalRun) -> None:
 
 
 def _report(outcome: Outcome, run: LocalRun, *, as_json: bool) -> None:
-    from planner.residuals import residuals
+    from chunkplan.planner.calibration.residuals import residuals
 
     compared = [item.model_dump(mode="json") for item in residuals(run.plan, outcome.samples)]
     if as_json:
@@ -194,7 +194,7 @@ def _report(outcome: Outcome, run: LocalRun, *, as_json: bool) -> None:
             }
         )
         return
-    from service.cli.residual_view import print_residuals
+    from chunkplan.service.cli.residual_view import print_residuals
 
     print_residuals(compared, "\nPeak memory by chunk")
     if outcome.evaluations:

@@ -8,16 +8,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from planner.residuals import STEP
-from service.dashboard.repository import DashboardRepository
-from service.dashboard.schemas import AccuracyRow, DeviceView, Dimension, Summary, UsageRow
-from service.dependencies import DashboardSession, ServicesDep
-from service.execution.devices import Device
-from service.jobs.repository import JobRepository
-from service.jobs.schemas import JobView
-from service.jobs.states import JobState
-from service.paging import OptionalText, Page
-from service.profiles.schemas import ProfileView
+from chunkplan.planner.calibration.residuals import STEP
+from chunkplan.service.dashboard.repository import DashboardRepository
+from chunkplan.service.dashboard.schemas import AccuracyRow, DeviceView, Dimension, Summary, UsageRow
+from chunkplan.service.http.dependencies import DashboardSession, ServicesDep
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.jobs.schemas import JobView
+from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.paging import OptionalText, Page
+from chunkplan.service.profiles.schemas import ProfileView
 
 router = APIRouter(prefix="/v1/dashboard", tags=["dashboard"])
 

@@ -10,10 +10,10 @@ from typing import Any
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from engine.errors import InputError
-from service.dashboard.percentiles import percentiles
-from service.dashboard.schemas import AccuracyRow, Dimension, UsageRow
-from service.db.tables import (
+from chunkplan.engine.errors import InputError
+from chunkplan.service.profiles.percentiles import percentiles
+from chunkplan.service.dashboard.schemas import AccuracyRow, Dimension, UsageRow
+from chunkplan.service.db.tables import (
     AttemptRow,
     JobDayRow,
     JobRow,
@@ -22,8 +22,8 @@ from service.db.tables import (
     ProfilePhaseRow,
     ProfileRow,
 )
-from service.execution.usage import seconds_by_day
-from service.jobs.states import JobState
+from chunkplan.service.profiles.usage import seconds_by_day
+from chunkplan.service.job_states import JobState
 
 _MAX_ROWS = 5_000
 _INDEXED = (ProfilePhaseRow.day, ProfilePhaseRow.phase, ProfilePhaseRow.model, ProfilePhaseRow.gpu)

@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from service.jobs.schemas import JobView
-from service.paging import Listed
-from service.profiles.schemas import ProfileView
+from chunkplan.service.jobs.schemas import JobView
+from chunkplan.service.kit.paging import Listed
+from chunkplan.service.profiles.schemas import ProfileView
 
 
 class DeviceView(BaseModel):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sqlalchemy.engine import URL
 
-from service.db.database import normalise_url
+from chunkplan.service.db.database import normalise_url
 
 
 class BackupFailed(Exception):

@@ -8,9 +8,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, Table, exists, func, select, text
 
-from service.db.base import Base
-from service.db.migrate import current_revision, head_revision
-from service.db.tables import JobDayRow, MetricRow
+from chunkplan.service.db.base import Base
+from chunkplan.service.db.migrate import current_revision, head_revision
+from chunkplan.service.db.tables import JobDayRow, MetricRow
 
 _MAX_NAMED = 10
 

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.db.projects import PROJECT
+from chunkplan.service.db.projects import PROJECT
 
 DEFAULT_TIMEOUT_SECONDS = 15.0
 

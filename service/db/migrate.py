@@ -12,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-from service.db.database import create_database_engine
+from chunkplan.service.db.database import create_database_engine
 
 _MIGRATION_LOCK = 0x63_68_75_6E_6B
 """Key of the Postgres advisory lock that lets one server migrate at a time."""

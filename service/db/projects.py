@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy import event, select
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
-from service.db.base import OfJob, Owned
-from service.db.tables import JobRow, PlanRow, PlanUseRow
+from chunkplan.service.db.base import OfJob, Owned
+from chunkplan.service.db.tables import JobRow, PlanRow, PlanUseRow
 
 PROJECT = "project"
 """Key under which a session's ``info`` names its project; without it the session sees everything."""

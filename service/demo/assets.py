@@ -60,7 +60,7 @@ def prepare_model(var: Path) -> Path:
     with _workplace(final.parent) as work:
         weights = _extract(WEIGHTS, work)
         # A process of its own: this one never imports torch, and the memory of both copies is given back.
-        command = [sys.executable, "-m", "service.demo.convert", str(weights), str(work / "model")]
+        command = [sys.executable, "-m", "chunkplan.service.demo.convert", str(weights), str(work / "model")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise AssetError(f"cannot convert {WEIGHTS.member}: {_last_line(done.stderr)}")

@@ -1,4 +1,4 @@
-"""Converts a quantized GGUF file to a Hugging Face folder: ``python -m service.demo.convert MODEL.gguf FOLDER``."""
+"""Converts a quantized GGUF file to a Hugging Face folder: ``python -m chunkplan.service.demo.convert MODEL.gguf FOLDER``."""
 
 from __future__ import annotations
 

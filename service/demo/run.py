@@ -17,16 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from planner.residuals import STEP
-from planner.spec import Plan
-from service.cli.client import Client, Unreachable
-from service.cli.exits import CommandError
-from service.cli.jobs import follow
-from service.cli.output import console, duration, mebibytes, number, percent
-from service.cli.plan_view import print_plan
-from service.cli.residual_view import print_residuals
-from service.demo.assets import AssetError, prepare_chats, prepare_model
-from service.jobs.states import JobState
+from chunkplan.planner.calibration.residuals import STEP
+from chunkplan.planner.spec import Plan
+from chunkplan.service.cli.client import Client, Unreachable
+from chunkplan.service.cli.exits import CommandError
+from chunkplan.service.cli.jobs import follow
+from chunkplan.service.cli.output import console, duration, mebibytes, number, percent
+from chunkplan.service.cli.plan_view import print_plan
+from chunkplan.service.cli.residual_view import print_residuals
+from chunkplan.service.demo.assets import AssetError, prepare_chats, prepare_model
+from chunkplan.service.job_states import JobState
 
 JOB_NAME = "soc-codes"
 NUM_CHUNKS = 8
@@ -133,7 +133,7 @@ def _judge(client: Client, job: dict[str, Any]) -> bool:
 def _service(var: Path) -> Iterator[str]:
     """The service's address; it is stopped when the block ends, however it ends."""
     port = _free_port()
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--data-dir", str(var)]
+    command = [sys.executable, "-m", "chunkplan.service.cli", "serve", "--port", str(port), "--data-dir", str(var)]
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from service.execution.devices import Device
-from service.execution.ledger import Claimed, Ledger, Unchecked
-from service.execution.replanning import Replanned, Replanner
-from service.jobs.states import Reason
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.execution.ledger import Claimed, Ledger, Unchecked
+from chunkplan.service.execution.replanning import Replanned, Replanner
+from chunkplan.service.job_states import Reason
 
 
 class Dispatcher:

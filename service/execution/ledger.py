@@ -10,30 +10,30 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from engine.spec import ScheduleSpec
-from planner.catalog import find_gpu
-from planner.spec import Peak, PlanRequest
-from service.clock import Clock
-from service.db import Database, take_in_turn
-from service.db.tables import AttemptRow, JobRow, PlanRow, ProfileRow
-from service.execution.devices import Device
-from service.execution.drift import bounds_of
-from service.execution.identity import ProcessIdentity
-from service.execution.ingest import Ingestion
-from service.execution.messages import Batch
-from service.execution.outcome import Ended, Outcome, decide
-from service.execution.placement import Place
-from service.execution.replanning import Planned, Replanned
-from service.execution.repository import AttemptRepository
-from service.execution.usage import UsageBook
-from service.ids import new_id
-from service.jobs.admission import shortfall_bytes
-from service.jobs.repository import JobRepository
-from service.jobs.states import JobState, Reason
-from service.jobs.transitions import add_event, transition
-from service.jobs.turn import turn_at
-from service.profiles.service import add_profile
-from service.settings import Settings
+from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.planner.spec import Peak, PlanRequest
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database, take_in_turn
+from chunkplan.service.db.tables import AttemptRow, JobRow, PlanRow, ProfileRow
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.execution.records.drift import bounds_of
+from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.records.ingest import Ingestion
+from chunkplan.service.execution.records.messages import Batch
+from chunkplan.service.execution.records.outcome import Ended, Outcome, decide
+from chunkplan.service.execution.placement import Place
+from chunkplan.service.execution.replanning import Planned, Replanned
+from chunkplan.service.execution.repository import AttemptRepository
+from chunkplan.service.profiles.usage import UsageBook
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.jobs.admission import shortfall_bytes
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.job_states import JobState, Reason
+from chunkplan.service.jobs.transitions import add_event, transition
+from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.profiles.service import add_profile
+from chunkplan.service.settings import Settings
 
 
 class StaleToken(Exception):

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from service.execution.devices import Device
-from service.jobs.repository import JobRepository, Waiting
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.jobs.repository import JobRepository, Waiting
 
 
 @dataclass(frozen=True)

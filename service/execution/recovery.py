@@ -11,14 +11,14 @@ from datetime import datetime
 
 import structlog
 
-from service.clock import Clock
-from service.db.tables import AttemptRow
-from service.execution.identity import ProcessIdentity
-from service.execution.ledger import Handle, Ledger, StaleToken
-from service.execution.messages import read_messages
-from service.jobs.states import JobState
-from service.operation.metrics import Metrics
-from service.settings import Settings
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db.tables import AttemptRow
+from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.ledger import Handle, Ledger, StaleToken
+from chunkplan.service.execution.records.messages import read_messages
+from chunkplan.service.job_states import JobState
+from chunkplan.service.operation.metrics import Metrics
+from chunkplan.service.settings import Settings
 
 log = structlog.get_logger(__name__)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import structlog
 
-from engine.errors import InputError
-from engine.spec import ScheduleSpec
-from planner.catalog import find_gpu
-from planner.spec import Plan, PlanRequest
-from service.errors import Busy, Unprocessable
-from service.execution.devices import Device, choose
-from service.jobs.states import Reason
-from service.plans.service import PlanService, content_id
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.planner.spec import Plan, PlanRequest
+from chunkplan.service.errors import Busy, Unprocessable
+from chunkplan.service.machines.devices import Device, choose
+from chunkplan.service.job_states import Reason
+from chunkplan.service.plans.service import PlanService, content_id
 
 log = structlog.get_logger(__name__)
 

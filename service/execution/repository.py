@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import CursorResult, func, select, update
 from sqlalchemy.orm import Session
 
-from service.db.tables import ArtifactRow, AttemptRow, MetricRow
-from service.execution.placement import Load
+from chunkplan.service.db.tables import ArtifactRow, AttemptRow, MetricRow
+from chunkplan.service.execution.placement import Load
 
 
 class AttemptRepository:

@@ -17,21 +17,21 @@ from typing import Any
 
 import structlog
 
-from engine.device_lock import Share
-from planner.residuals import STEP
-from service.clock import Clock
-from service.db import Database
-from service.execution.devices import Device
-from service.execution.dispatch import Dispatcher
-from service.execution.identity import ProcessIdentity
-from service.execution.ledger import Claimed, Handle, Ledger, StaleToken
-from service.execution.messages import Step, read_messages
-from service.execution.protocol import Execution, Launch
-from service.execution.recovery import Recovery
-from service.execution.replanning import Replanner
-from service.jobs.states import JobState
-from service.operation.metrics import Metrics
-from service.settings import Settings
+from chunkplan.engine.process.device_lock import Share
+from chunkplan.planner.calibration.residuals import STEP
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.execution.dispatch import Dispatcher
+from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.ledger import Claimed, Handle, Ledger, StaleToken
+from chunkplan.service.execution.records.messages import Step, read_messages
+from chunkplan.service.execution.executors.protocol import Execution, Launch
+from chunkplan.service.execution.recovery import Recovery
+from chunkplan.service.execution.replanning import Replanner
+from chunkplan.service.job_states import JobState
+from chunkplan.service.operation.metrics import Metrics
+from chunkplan.service.settings import Settings
 
 log = structlog.get_logger(__name__)
 

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, File, Form, UploadFile
 from starlette.responses import FileResponse
 
-from engine.errors import InputError
-from service.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
-from service.errors import NotFound
-from service.files.repository import FileRepository
-from service.files.schemas import FileDeleted, FileView
-from service.paging import OptionalText, Page, WidestWindowDep
+from chunkplan.engine.errors import InputError
+from chunkplan.service.http.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
+from chunkplan.service.errors import NotFound
+from chunkplan.service.files.repository import FileRepository
+from chunkplan.service.files.schemas import FileDeleted, FileView
+from chunkplan.service.kit.paging import OptionalText, Page, WidestWindowDep
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.db.tables import FileRow
-from service.errors import NotFound
-from service.ids import is_well_formed
-from service.paging import Window, newest_first
+from chunkplan.service.db.tables import FileRow
+from chunkplan.service.errors import NotFound
+from chunkplan.service.kit.ids import is_well_formed
+from chunkplan.service.kit.paging import Window, newest_first
 
 
 class FileRepository:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from service.db.tables import FileRow
-from service.paging import Listed
+from chunkplan.service.db.tables import FileRow
+from chunkplan.service.kit.paging import Listed
 
 
 class FileView(Listed):

@@ -9,16 +9,16 @@ from typing import BinaryIO
 
 from sqlalchemy.orm import Session
 
-from engine.errors import InputError
-from engine.files import sync_path
-from service.clock import Clock
-from service.db import Database, take_in_turn
-from service.db.tables import FileRow
-from service.errors import Conflict
-from service.files.repository import FileRepository
-from service.ids import new_id
-from service.jobs.repository import JobRepository
-from service.settings import Settings
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.files import sync_path
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database, take_in_turn
+from chunkplan.service.db.tables import FileRow
+from chunkplan.service.errors import Conflict
+from chunkplan.service.files.repository import FileRepository
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.settings import Settings
 
 _BLOCK_BYTES = 1 << 20
 _MAX_NAME_LENGTH = 200

@@ -11,19 +11,19 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
-from engine.errors import InputError
-from engine.spec import MetadataKey, MetadataValue
-from service.db.tables import JobRow
-from service.dependencies import CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, StreamTurn, WriteSession
-from service.examples import FINE_TUNING
-from service.fine_tuning.requests import FineTuningRequest, in_their_words, job_request
-from service.fine_tuning.schemas import FineTuningCheckpointView, FineTuningEventView, FineTuningJobView
-from service.jobs.idempotency import HEADER
-from service.jobs.repository import JobRepository
-from service.jobs.states import JobState
-from service.jobs.stream import LastEvent, StreamedJob
-from service.paging import LongWindowDep, Page, WindowDep
-from service.services import Services
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import MetadataKey, MetadataValue
+from chunkplan.service.db.tables import JobRow
+from chunkplan.service.http.dependencies import CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, StreamTurn, WriteSession
+from chunkplan.service.http.examples import FINE_TUNING
+from chunkplan.service.fine_tuning.requests import FineTuningRequest, in_their_words, job_request
+from chunkplan.service.fine_tuning.schemas import FineTuningCheckpointView, FineTuningEventView, FineTuningJobView
+from chunkplan.service.jobs.idempotency import HEADER
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.job_states import JobState
+from chunkplan.service.jobs.stream import LastEvent, StreamedJob
+from chunkplan.service.kit.paging import LongWindowDep, Page, WindowDep
+from chunkplan.service.services import Services
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning (OpenAI)"])
 

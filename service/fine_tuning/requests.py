@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from engine.errors import InputError
-from engine.spec import (
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import (
     JobRequest,
     JobTraining,
     MetadataKey,
@@ -112,7 +112,7 @@ class FineTuningRequest(SpecModel):
 
 
 def job_request(request: FineTuningRequest) -> JobRequest:
-    """The same request as `service.jobs` takes it.
+    """The same request as `chunkplan.service.jobs` takes it.
 
     Raises:
         InputError: something is said twice, or contradicts something else; see `in_their_words`.

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from service.db.tables import CheckpointRow, EventRow, JobRow
-from service.fine_tuning.requests import BASE_LEARNING_RATE, their_field
-from service.jobs.schemas import JobView
-from service.jobs.states import JobState
-from service.paging import Listed
+from chunkplan.service.db.tables import CheckpointRow, EventRow, JobRow
+from chunkplan.service.fine_tuning.requests import BASE_LEARNING_RATE, their_field
+from chunkplan.service.jobs.schemas import JobView
+from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.paging import Listed
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 """OpenAI's ``validating_files`` does not occur: a file is checked before there is a job."""

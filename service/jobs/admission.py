@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.spec import JobTraining
-from planner.spec import Plan
-from service.errors import DoesNotFit
+from chunkplan.engine.spec import JobTraining
+from chunkplan.planner.spec import Plan
+from chunkplan.service.errors import DoesNotFit
 
 
 def shortfall_bytes(upper_bytes: int, memory_bytes: int) -> int:

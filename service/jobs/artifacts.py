@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.db.tables import ArtifactRow
-from service.errors import NotFound
+from chunkplan.service.db.tables import ArtifactRow
+from chunkplan.service.errors import NotFound
 
 
 def artifact_file(run_dir: Path, row: ArtifactRow) -> Path:

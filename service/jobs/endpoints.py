@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Body, Header, Query
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from engine.spec import JobRequest
-from service.db.tables import JobRow
-from service.dependencies import CONTENT, CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, WriteSession
-from service.examples import JOB
-from service.jobs.artifacts import artifact_file
-from service.jobs.idempotency import HEADER
-from service.jobs.repository import JobRepository
-from service.jobs.schemas import (
+from chunkplan.engine.spec import JobRequest
+from chunkplan.service.db.tables import JobRow
+from chunkplan.service.http.dependencies import CONTENT, CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, WriteSession
+from chunkplan.service.http.examples import JOB
+from chunkplan.service.jobs.artifacts import artifact_file
+from chunkplan.service.jobs.idempotency import HEADER
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.jobs.schemas import (
     ArtifactView,
     AttemptView,
     CheckpointView,
@@ -23,8 +23,8 @@ from service.jobs.schemas import (
     JobView,
     MetricView,
 )
-from service.jobs.states import JobState
-from service.paging import LongWindowDep, OptionalText, Page, WindowDep
+from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.paging import LongWindowDep, OptionalText, Page, WindowDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

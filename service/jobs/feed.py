@@ -14,12 +14,12 @@ from threading import Event
 import anyio
 from anyio import to_thread
 
-from service.access.keys import Caller
-from service.access.service import Access
-from service.db import Database
-from service.db.tables import EventRow
-from service.jobs.repository import Head, JobRepository
-from service.paging import Window
+from chunkplan.service.access.keys import Caller
+from chunkplan.service.access.service import Access
+from chunkplan.service.db import Database
+from chunkplan.service.db.tables import EventRow
+from chunkplan.service.jobs.repository import Head, JobRepository
+from chunkplan.service.kit.paging import Window
 
 _BATCH = 500
 _MAX_BATCHES = 8

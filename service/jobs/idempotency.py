@@ -13,12 +13,12 @@ from sqlalchemy import ColumnElement, CursorResult, delete, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from engine.errors import InputError
-from service.clock import Clock
-from service.db import Database
-from service.db.tables import IdempotencyRow
-from service.errors import Conflict, Unprocessable
-from service.ids import new_id
+from chunkplan.engine.errors import InputError
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database
+from chunkplan.service.db.tables import IdempotencyRow
+from chunkplan.service.errors import Conflict, Unprocessable
+from chunkplan.service.kit.ids import new_id
 
 HEADER = "Idempotency-Key"
 MAX_KEY_LENGTH = 255

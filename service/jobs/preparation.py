@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.data import check_dataset
-from engine.errors import InputError
-from engine.rows import FormatChoice
-from engine.spec import DatasetSpec, JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
-from planner.catalog import find_gpu, find_model
-from planner.spec import GpuSpec, Plan, PlanRequest
-from service.db import Database
-from service.execution.devices import Choice, Device, choose
-from service.files.repository import FileRepository
-from service.jobs.admission import admit, resolved_training
-from service.plans.repository import PlanRepository
-from service.plans.service import PlanService
-from service.roots import Paths
-from service.settings import Settings
+from chunkplan.engine.data import check_dataset
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.data.rows import FormatChoice
+from chunkplan.engine.spec import DatasetSpec, JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
+from chunkplan.planner.catalog import find_gpu, find_model
+from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest
+from chunkplan.service.db import Database
+from chunkplan.service.machines.devices import Choice, Device, choose
+from chunkplan.service.files.repository import FileRepository
+from chunkplan.service.jobs.admission import admit, resolved_training
+from chunkplan.service.plans.repository import PlanRepository
+from chunkplan.service.plans.service import PlanService
+from chunkplan.service.files.paths import Paths
+from chunkplan.service.settings import Settings
 
 
 @dataclass(frozen=True)

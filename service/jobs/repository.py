@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
-from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
-from service.errors import NotFound
-from service.ids import is_well_formed
-from service.jobs.states import ACTIVE, JobState
-from service.paging import Window, by_number, newest_first
+from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
+from chunkplan.service.errors import NotFound
+from chunkplan.service.kit.ids import is_well_formed
+from chunkplan.service.job_states import ACTIVE, JobState
+from chunkplan.service.kit.paging import Window, by_number, newest_first
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from engine.naming import output_name, output_prefix
-from engine.readers import is_running_text
-from engine.schedule import expected_updates, few_updates_warning
-from engine.spec import JobRequest, JobTraining, RunSpec, ScheduleSpec
-from planner.catalog import find_model
-from planner.spec import Plan
+from chunkplan.engine.export.names import output_name, output_prefix
+from chunkplan.engine.data.readers import is_running_text
+from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning
+from chunkplan.engine.spec import JobRequest, JobTraining, RunSpec, ScheduleSpec
+from chunkplan.planner.catalog import find_model
+from chunkplan.planner.spec import Plan
 
 
 def run_spec(

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from engine.schedule import few_updates_warning
-from engine.spec import ScheduleSpec
-from service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
-from service.jobs.states import JobState, Reason
-from service.paging import Listed
+from chunkplan.engine.stream.schedule import few_updates_warning
+from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
+from chunkplan.service.job_states import JobState, Reason
+from chunkplan.service.kit.paging import Listed
 
 
 class Progress(BaseModel):

@@ -8,23 +8,23 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from engine.spec import JobRequest
-from service.clock import Clock
-from service.db import Database, take_in_turn
-from service.db.tables import JobRow
-from service.errors import Conflict
-from service.execution.devices import Device
-from service.ids import new_id
-from service.jobs.idempotency import Answer, IdempotencyKeys
-from service.jobs.preparation import JobPreparation, PreparedJob
-from service.jobs.repository import JobRepository
-from service.jobs.run_spec import run_spec, settings_warnings
-from service.jobs.schemas import DryRun, JobView
-from service.jobs.states import JobState, Reason
-from service.jobs.transitions import add_event, transition
-from service.jobs.turn import turn_at
-from service.plans.service import PlanService
-from service.settings import Settings
+from chunkplan.engine.spec import JobRequest
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database, take_in_turn
+from chunkplan.service.db.tables import JobRow
+from chunkplan.service.errors import Conflict
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.jobs.idempotency import Answer, IdempotencyKeys
+from chunkplan.service.jobs.preparation import JobPreparation, PreparedJob
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.jobs.run_spec import run_spec, settings_warnings
+from chunkplan.service.jobs.schemas import DryRun, JobView
+from chunkplan.service.job_states import JobState, Reason
+from chunkplan.service.jobs.transitions import add_event, transition
+from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.plans.service import PlanService
+from chunkplan.service.settings import Settings
 
 _CLAIM_MARGIN_SECONDS = 60.0
 """On top of the longest plan: reading the dataset, storing the job."""

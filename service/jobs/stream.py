@@ -8,11 +8,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from engine.errors import InputError
-from service.dependencies import CallerDep, ReadSession, ServicesDep, StreamTurn
-from service.jobs.repository import JobRepository
-from service.jobs.schemas import EventView
-from service.paging import Window
+from chunkplan.engine.errors import InputError
+from chunkplan.service.http.dependencies import CallerDep, ReadSession, ServicesDep, StreamTurn
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.jobs.schemas import EventView
+from chunkplan.service.kit.paging import Window
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from service.db.tables import EventRow, JobRow
-from service.errors import Conflict
-from service.jobs.states import TRANSITIONS, JobState, Reason
+from chunkplan.service.db.tables import EventRow, JobRow
+from chunkplan.service.errors import Conflict
+from chunkplan.service.job_states import TRANSITIONS, JobState, Reason
 
 
 def add_event(

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
-from service.db import current_revision, head_revision
-from service.dependencies import AdminOnly, ServicesDep
-from service.errors import Busy
-from service.services import Services
+from chunkplan.service.db import current_revision, head_revision
+from chunkplan.service.http.dependencies import AdminOnly, ServicesDep
+from chunkplan.service.errors import Busy
+from chunkplan.service.services import Services
 
 router = APIRouter(tags=["operation"])
 """Open to all."""

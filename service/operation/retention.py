@@ -16,12 +16,12 @@ from typing import Any
 import structlog
 from sqlalchemy import ColumnElement, delete, select, true, tuple_
 
-from service.clock import Clock
-from service.db import Database
-from service.db.tables import EventRow, IdempotencyRow, JobRow, SampleRow
-from service.jobs.states import JobState
-from service.operation.metrics import Metrics
-from service.settings import Settings
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database
+from chunkplan.service.db.tables import EventRow, IdempotencyRow, JobRow, SampleRow
+from chunkplan.service.job_states import JobState
+from chunkplan.service.operation.metrics import Metrics
+from chunkplan.service.settings import Settings
 
 log = structlog.get_logger(__name__)
 

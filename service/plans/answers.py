@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
 
-from service.db.tables import PlanUseRow
+from chunkplan.service.db.tables import PlanUseRow
 
 MAX_BYTES = 64 * 2**20
 

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Body, Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from planner.exports import Format
-from planner.spec import Plan, PlanRequest, Timeline
-from service.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession, ServicesDep, plan_turn
-from service.examples import COMPARISON, PLAN
-from service.paging import OptionalText, Page, WindowDep
-from service.plans.repository import PlanRepository
-from service.plans.schemas import CompareRequest, Comparison, PerfettoTrace, PlanSummary, Refusal
+from chunkplan.planner.report.formats import Format
+from chunkplan.planner.spec import Plan, PlanRequest, Timeline
+from chunkplan.service.http.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession, ServicesDep, plan_turn
+from chunkplan.service.http.examples import COMPARISON, PLAN
+from chunkplan.service.kit.paging import OptionalText, Page, WindowDep
+from chunkplan.service.plans.repository import PlanRepository
+from chunkplan.service.plans.schemas import CompareRequest, Comparison, PerfettoTrace, PlanSummary, Refusal
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 

@@ -1,4 +1,4 @@
-"""What plan routes take and give, beside `planner.spec`."""
+"""What plan routes take and give, beside `chunkplan.planner.spec`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from engine.spec import ModelRef, SpecModel, TrainingSpec
-from planner.spec import GpuRef
-from service.db.tables import PlanUseRow
-from service.paging import Listed
+from chunkplan.engine.spec import ModelRef, SpecModel, TrainingSpec
+from chunkplan.planner.spec import GpuRef
+from chunkplan.service.db.tables import PlanUseRow
+from chunkplan.service.kit.paging import Listed
 
 
 class PerfettoTrace(BaseModel):

@@ -5,26 +5,26 @@ from __future__ import annotations
 import time
 from itertools import product
 
-from engine.errors import InputError
-from engine.spec import ModelConfig, ModelPath
-from planner.catalog import find_gpu
-from planner.comparison import single_request
-from planner.exports import Format
-from planner.planning import Planner as Planning
-from planner.planning import plan_id
-from planner.spec import GpuSpec, Plan, PlanRequest, Timeline
-from service.bounded import check_json
-from service.clock import Clock
-from service.db import Database, take_in_turn
-from service.db.tables import PlanRow, PlanUseRow
-from service.errors import Conflict, Unprocessable
-from service.operation.metrics import Metrics
-from service.plans.answers import Answer, Answers
-from service.plans.repository import PlanRepository
-from service.plans.schemas import CompareRequest, Comparison, Refusal
-from service.plans.worker import Planner
-from service.roots import Paths
-from service.settings import Settings
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import ModelConfig, ModelPath
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.planner.answers.comparison import single_request
+from chunkplan.planner.report.formats import Format
+from chunkplan.planner.answers.plan import Planner as Planning
+from chunkplan.planner.answers.plan import plan_id
+from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest, Timeline
+from chunkplan.service.kit.json_limits import check_json
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.db import Database, take_in_turn
+from chunkplan.service.db.tables import PlanRow, PlanUseRow
+from chunkplan.service.errors import Conflict, Unprocessable
+from chunkplan.service.operation.metrics import Metrics
+from chunkplan.service.plans.answers import Answer, Answers
+from chunkplan.service.plans.repository import PlanRepository
+from chunkplan.service.plans.schemas import CompareRequest, Comparison, Refusal
+from chunkplan.service.plans.planning_process import Planner
+from chunkplan.service.files.paths import Paths
+from chunkplan.service.settings import Settings
 
 
 class PlanService:

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from service.dependencies import ReadSession
-from service.paging import LongWindowDep, OptionalText, Page, WindowDep
-from service.profiles.repository import ProfileRepository
-from service.profiles.schemas import ProfileDetail, ProfileView, ResidualView, SampleView
+from chunkplan.service.http.dependencies import ReadSession
+from chunkplan.service.kit.paging import LongWindowDep, OptionalText, Page, WindowDep
+from chunkplan.service.profiles.repository import ProfileRepository
+from chunkplan.service.profiles.schemas import ProfileDetail, ProfileView, ResidualView, SampleView
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.db.tables import EventRow, MetricRow, ProfileRow, SampleRow
-from service.errors import NotFound
-from service.ids import is_well_formed
-from service.paging import Window, by_number, newest_first
+from chunkplan.service.db.tables import EventRow, MetricRow, ProfileRow, SampleRow
+from chunkplan.service.errors import NotFound
+from chunkplan.service.kit.ids import is_well_formed
+from chunkplan.service.kit.paging import Window, by_number, newest_first
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from planner.residuals import Residual
-from service.db.tables import ProfileRow, SampleRow
-from service.paging import Listed
+from chunkplan.planner.calibration.residuals import Residual
+from chunkplan.service.db.tables import ProfileRow, SampleRow
+from chunkplan.service.kit.paging import Listed
 
 
 class ProfileView(Listed):

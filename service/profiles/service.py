@@ -7,13 +7,13 @@ from statistics import fmean
 
 from sqlalchemy.orm import Session
 
-from planner.residuals import STEP, residuals
-from planner.spec import Plan
-from service.dashboard.percentiles import bucket_of
-from service.db.tables import JobRow, ProfilePhaseRow, ProfileRow
-from service.ids import new_id
-from service.plans.repository import PlanRepository
-from service.profiles.repository import ProfileRepository
+from chunkplan.planner.calibration.residuals import STEP, residuals
+from chunkplan.planner.spec import Plan
+from chunkplan.service.profiles.percentiles import bucket_of
+from chunkplan.service.db.tables import JobRow, ProfilePhaseRow, ProfileRow
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.plans.repository import PlanRepository
+from chunkplan.service.profiles.repository import ProfileRepository
 
 
 def add_profile(session: Session, job: JobRow, device: str, now: datetime) -> ProfileRow:

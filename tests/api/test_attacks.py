@@ -11,11 +11,11 @@ import pytest
 import structlog
 from sqlalchemy import func, select
 
-from service.access.service import Access
-from service.clock import SystemClock
-from service.db import Database
-from service.db.base import Base
-from service.logs import configure_logging
+from chunkplan.service.access.service import Access
+from chunkplan.service.kit.clock import SystemClock
+from chunkplan.service.db import Database
+from chunkplan.service.db.base import Base
+from chunkplan.service.operation.logs import configure_logging
 from tests.api.requests import job_request
 
 GIGABYTES_10 = 10 * 10**9

@@ -5,7 +5,7 @@ import json
 import pytest
 from sqlalchemy import func, select
 
-from service.db.tables import IdempotencyRow, JobRow, PlanRow
+from chunkplan.service.db.tables import IdempotencyRow, JobRow, PlanRow
 from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
 

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 from sqlalchemy import delete
 
-from service.dashboard.percentiles import bucket_of, percentiles
-from service.db.tables import MetricRow, SampleRow
-from service.execution.ledger import Ledger
+from chunkplan.service.profiles.percentiles import bucket_of, percentiles
+from chunkplan.service.db.tables import MetricRow, SampleRow
+from chunkplan.service.execution.ledger import Ledger
 from tests.api.requests import job_request
 from tests.support.run import STARTED, Reports, step
 
@@ -160,7 +160,7 @@ def test_what_makes_no_sense_is_refused(client, query):
 def test_too_many_groups_are_refused_rather_than_cut(client, reports, start, monkeypatch):
     handle, _ = start()
     reports.complete(handle, step(1))
-    monkeypatch.setattr("service.dashboard.repository._MAX_ROWS", 1)
+    monkeypatch.setattr("chunkplan.service.dashboard.repository._MAX_ROWS", 1)
     response = client.get("/v1/dashboard/accuracy?by=phase")
     assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "by")
 

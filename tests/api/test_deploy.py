@@ -8,7 +8,7 @@ import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from service.app import create_app
+from chunkplan.service.app import create_app
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/chunkplan.json").read_text())

@@ -3,10 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from engine.errors import InputError
-from planner.catalog import find_gpu
-from service.execution.devices import Device, choose, local_devices
-from service.settings import DeviceSetting, Settings
+from chunkplan.engine.errors import InputError
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.service.machines.devices import Device, choose, local_devices
+from chunkplan.service.settings import DeviceSetting, Settings
 
 GIB = 1 << 30
 ADA, AMPERE = find_gpu("rtx-4090"), find_gpu("rtx-3090")

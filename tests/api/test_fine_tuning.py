@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from service.db.tables import JobRow
-from service.fine_tuning.requests import FineTuningRequest, job_request
-from service.jobs.states import JobState
+from chunkplan.service.db.tables import JobRow
+from chunkplan.service.fine_tuning.requests import FineTuningRequest, job_request
+from chunkplan.service.job_states import JobState
 from tests.api.requests import job_request as native_request
 from tests.conftest import TINY_MODEL
 from tests.support.live import TRAINING

@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from service.jobs.idempotency import Claim, IdempotencyKeys
+from chunkplan.service.jobs.idempotency import Claim, IdempotencyKeys
 from tests.api.requests import job_request
 
 KEY = {"Idempotency-Key": "order-66"}

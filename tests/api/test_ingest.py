@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import select
 
-from service.db.tables import AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, SampleRow
-from service.execution.ledger import Ledger, StaleToken
-from service.execution.messages import read_messages
-from service.jobs.states import JobState
+from chunkplan.service.db.tables import AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, SampleRow
+from chunkplan.service.execution.ledger import Ledger, StaleToken
+from chunkplan.service.execution.records.messages import read_messages
+from chunkplan.service.job_states import JobState
 from tests.api.requests import job_request
 from tests.support.run import STARTED, TIME, step
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import func, select
 
-from service.access.gate import OPEN_PATHS
-from service.db.tables import (
+from chunkplan.service.access.gate import OPEN_PATHS
+from chunkplan.service.db.tables import (
     ArtifactRow,
     AttemptRow,
     CheckpointRow,
@@ -20,8 +20,8 @@ from service.db.tables import (
     ProfileRow,
     SampleRow,
 )
-from service.ids import new_id
-from service.jobs.states import JobState
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.job_states import JobState
 from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import select, update
 
-from service.db.tables import ApiKeyRow
+from chunkplan.service.db.tables import ApiKeyRow
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from service.access.limits import Turns
-from service.app import create_app
-from service.errors import TooMany
-from service.middleware import is_nested_deeper
-from service.settings import Quota, Settings
+from chunkplan.service.access.limits import Turns
+from chunkplan.service.app import create_app
+from chunkplan.service.errors import TooMany
+from chunkplan.service.http.middleware import is_nested_deeper
+from chunkplan.service.settings import Quota, Settings
 from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
 

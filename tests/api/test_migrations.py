@@ -8,11 +8,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, select, text
 
-from service.dashboard.percentiles import bucket_of
-from service.db import Database, current_revision, downgrade, head_revision, upgrade
-from service.db.base import Base
-from service.db.check import check
-from service.db.tables import (
+from chunkplan.service.profiles.percentiles import bucket_of
+from chunkplan.service.db import Database, current_revision, downgrade, head_revision, upgrade
+from chunkplan.service.db.base import Base
+from chunkplan.service.db.check import check
+from chunkplan.service.db.tables import (
     AttemptRow,
     EventRow,
     FileRow,

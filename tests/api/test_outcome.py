@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from service.execution.outcome import Ended, decide
-from service.jobs.states import TRANSITIONS, JobState, Reason
+from chunkplan.service.execution.records.outcome import Ended, decide
+from chunkplan.service.job_states import TRANSITIONS, JobState, Reason
 
 
 def ended(exit_code, *, finished=None, failed=None, progress=False, stopping=False):

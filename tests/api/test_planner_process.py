@@ -8,10 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import psutil
 import pytest
 
-from engine.errors import InputError
-from planner.spec import PlanRequest
-from service.errors import Unprocessable
-from service.plans.worker import PlannerProcess
+from chunkplan.engine.errors import InputError
+from chunkplan.planner.spec import PlanRequest
+from chunkplan.service.errors import Unprocessable
+from chunkplan.service.plans.planning_process import PlannerProcess
 from tests.support.waiting import wait_for
 
 LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}

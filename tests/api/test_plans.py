@@ -4,8 +4,8 @@ import pytest
 from sqlalchemy import event
 from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.plans.answers import Answer, Answers
+from chunkplan.service.app import create_app
+from chunkplan.service.plans.answers import Answer, Answers
 from tests.conftest import TINY_MODEL
 
 REQUEST = {"model": TINY_MODEL, "gpu": "rtx-4090", "training": {"seq_len": 128, "schedule": {"num_chunks": 8}}}

@@ -7,14 +7,14 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import insert, select, update
 
-from service.db.tables import JobRow
-from service.execution.devices import Device
-from service.execution.identity import ProcessIdentity
-from service.execution.ledger import Ledger
-from service.ids import new_id
-from service.jobs.states import JobState
-from service.operation.retention import Retention
-from service.services import build_services
+from chunkplan.service.db.tables import JobRow
+from chunkplan.service.machines.devices import Device
+from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.ledger import Ledger
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.job_states import JobState
+from chunkplan.service.operation.retention import Retention
+from chunkplan.service.services import build_services
 from tests.api.requests import job_request
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import insert, select, update
 
-from service.db.tables import AttemptRow, JobRow, PlanRow, PlanUseRow
-from service.execution.dispatch import Dispatcher
-from service.execution.ledger import Ledger
-from service.execution.replanning import Replanner, wanted
-from service.jobs.states import JobState
+from chunkplan.service.db.tables import AttemptRow, JobRow, PlanRow, PlanUseRow
+from chunkplan.service.execution.dispatch import Dispatcher
+from chunkplan.service.execution.ledger import Ledger
+from chunkplan.service.execution.replanning import Replanner, wanted
+from chunkplan.service.job_states import JobState
 from tests.api.requests import job_request
 from tests.support.run import STARTED, TIME, Reports, step
 from tests.support.waiting import wait_for

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from service.serve import main
-from service.settings import Settings
-from service.settings_text import as_toml
+from chunkplan.service.serve import main
+from chunkplan.service.settings import Settings
+from chunkplan.service.cli.settings_file import as_toml
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,7 +94,7 @@ def test_a_project_has_the_common_quota_but_for_what_is_its_own(monkeypatch):
 @pytest.mark.parametrize(("name", "value"), [("DATABASE_URL", "mysql://nowhere"), ("DEVICES", '[{"name": "cuda:99"}]')])
 def test_a_server_with_a_wrong_setting_says_which_and_exits_2(monkeypatch, name, value):
     monkeypatch.setenv(f"CHUNKPLAN_{name}", value)
-    answer = subprocess.run([sys.executable, "-m", "service.serve"], capture_output=True, text=True, cwd=ROOT)
+    answer = subprocess.run([sys.executable, "-m", "chunkplan.service.serve"], capture_output=True, text=True, cwd=ROOT)
     assert answer.returncode == 2
     assert answer.stderr.startswith(f"CHUNKPLAN_{name}: ")
     assert "Traceback" not in answer.stderr

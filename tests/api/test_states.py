@@ -2,8 +2,8 @@
 
 import pytest
 
-from service.jobs.service import _CANCEL, _PAUSE, _RESUME
-from service.jobs.states import TRANSITIONS, JobState
+from chunkplan.service.jobs.service import _CANCEL, _PAUSE, _RESUME
+from chunkplan.service.job_states import TRANSITIONS, JobState
 
 FINAL = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED}
 

@@ -4,9 +4,9 @@ import anyio
 from anyio import to_thread
 from sqlalchemy import event
 
-from service.access.keys import ANYBODY
-from service.jobs.repository import JobRepository
-from service.jobs.transitions import add_event
+from chunkplan.service.access.keys import ANYBODY
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.jobs.transitions import add_event
 from tests.api.requests import job_request
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from service.cli import main
-from service.cli.output import console
+from chunkplan.service.cli import main
+from chunkplan.service.cli.output import console
 
 
 class Command:
@@ -19,7 +19,7 @@ class Command:
 
     def __call__(self, *arguments, **environment):
         return subprocess.run(
-            [sys.executable, "-m", "service.cli", *map(str, arguments)],
+            [sys.executable, "-m", "chunkplan.service.cli", *map(str, arguments)],
             env=self.environment | environment,
             capture_output=True,
             text=True,
@@ -29,7 +29,7 @@ class Command:
 
     def start(self, *arguments):
         return subprocess.Popen(
-            [sys.executable, "-m", "service.cli", *map(str, arguments)],
+            [sys.executable, "-m", "chunkplan.service.cli", *map(str, arguments)],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,10 +8,10 @@ import threading
 import pytest
 from sqlalchemy import func, select, text
 
-from service.db import Database, upgrade
-from service.db.backup import BackupFailed, backup
-from service.db.check import check
-from service.db.tables import GpuRow
+from chunkplan.service.db import Database, upgrade
+from chunkplan.service.db.backup import BackupFailed, backup
+from chunkplan.service.db.check import check
+from chunkplan.service.db.tables import GpuRow
 from tests.support.clock import FixedClock
 from tests.support.postgres import create_database, drop_database
 

@@ -160,7 +160,7 @@ def test_a_cached_plan_imports_nothing_heavy(chunkplan, in_process, tiny):
     arguments = [*map(str, tiny), "--chunks", "8", "--gpu", "rtx-4090"]
     assert in_process(*arguments).returncode == 0
     code = (
-        "import sys; from service.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from chunkplan.service.cli import main; code = main(sys.argv[1:]); "
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, *arguments]

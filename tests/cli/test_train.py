@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from service.cli.local_run import prepare
-from service.cli.requests import read_job_file
+from chunkplan.service.cli.local_run import prepare
+from chunkplan.service.cli.requests import read_job_file
 from tests.support.waiting import wait_for
 
 MODEL = "smollm2-135m-instruct"

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from sqlalchemy import insert, select, update
 
-from service.db.tables import JobRow, PlanRow, PlanUseRow
+from chunkplan.service.db.tables import JobRow, PlanRow, PlanUseRow
 from tests.api.requests import job_request
 from tests.support.waiting import wait_for
 

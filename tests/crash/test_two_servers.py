@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.db import Database
-from service.db.check import check
+from chunkplan.service.db import Database
+from chunkplan.service.db.check import check
 from tests.support.live import LiveServer
 
 

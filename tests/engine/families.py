@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from engine.tasks import Task, task_of, task_of_config
+from chunkplan.engine.model.tasks import Task, task_of, task_of_config
 
 VOCAB_SIZE = 97
 _COMMON = {

@@ -1,4 +1,4 @@
-"""Real runs of ``python -m engine.worker`` on a tiny model folder."""
+"""Real runs of ``python -m chunkplan.engine.worker`` on a tiny model folder."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def start_worker(run_dir, attempt=1, *arguments):
 
 def worker_command(run_dir, attempt, *arguments):
     """Command line of a worker."""
-    return [sys.executable, "-m", "engine.worker", "--run-dir", str(run_dir), "--attempt", str(attempt), *arguments]
+    return [sys.executable, "-m", "chunkplan.engine.worker", "--run-dir", str(run_dir), "--attempt", str(attempt), *arguments]
 
 
 def worker_env():

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from engine import ChunkFT, states
-from engine.optimizer import OptimizerConfig
-from engine.spec import Master, Optimizer
+from chunkplan.engine import ChunkFT, states
+from chunkplan.engine.optimizer.chunk_optimizer import OptimizerConfig
+from chunkplan.engine.spec import Master, Optimizer
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.updates import gradients, random_weight, run
 
@@ -53,7 +53,7 @@ def test_blocks_of_rows_share_the_factors_of_their_slice(monkeypatch):
     weight, updates = random_weight(), gradients(5)
     whole, _ = run(OptimizerConfig(**CONFIG), weight, updates)
     monkeypatch.setattr(states, "BLOCK_NUMEL", 20)  # two rows of eight
-    monkeypatch.setattr("engine.factored.BLOCK_NUMEL", 20)
+    monkeypatch.setattr("chunkplan.engine.optimizer.factored.BLOCK_NUMEL", 20)
     in_blocks, optimizer = run(OptimizerConfig(**CONFIG), weight, updates)
     torch.testing.assert_close(in_blocks, whole)
     (kept,) = [kept for kept in optimizer.chunks[0].host.values() if kept]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from engine import ChunkFT
-from engine.checkpoint import CheckpointError, _digest, resume, save_checkpoint
+from chunkplan.engine import ChunkFT
+from chunkplan.engine.training.checkpoint import CheckpointError, _digest, resume, save_checkpoint
 from tests.engine.families import tiny_batch, tiny_model
 
 OPTIONS = {"num_chunks": 4, "lr": 1e-3, "weight_decay": 0.01}

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from engine import InputError, ParameterStream
-from engine.chunks import ParameterInfo, partition
+from chunkplan.engine import InputError, ParameterStream
+from chunkplan.engine.stream.chunks import ParameterInfo, partition
 from tests.engine.families import tiny_model
 
 SHAPES = st.one_of(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from engine.data import Batches, Example, collate, load_dataset, with_validation
-from engine.errors import InputError
-from engine.spec import DatasetSpec, parse
+from chunkplan.engine.data import Batches, Example, collate, load_dataset, with_validation
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import DatasetSpec, parse
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +173,7 @@ def test_padding_does_not_change_the_loss():
 MEMORY_SCRIPT = """
 import sys
 from pathlib import Path
-from engine.data import Batches, load_dataset
+from chunkplan.engine.data import Batches, load_dataset
 from tests.tiny import tiny_tokenizer
 
 small, large = map(Path, sys.argv[1:])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engine.device_lock import Share, lock_device
+from chunkplan.engine.process.device_lock import Share, lock_device
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_whole_device_and_shares_of_it_shut_each_other_out(hold):
 
 def test_a_share_goes_with_its_process(path, hold):
     program = (
-        "import sys; from pathlib import Path; from engine.device_lock import Share, lock_device;"
+        "import sys; from pathlib import Path; from chunkplan.engine.process.device_lock import Share, lock_device;"
         "held = lock_device(Path(sys.argv[1]), Share(100, 100, 2)); print(bool(held), flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(path)]

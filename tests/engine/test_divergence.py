@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from engine.divergence import PATIENCE, LossWatch
-from engine.trainer import Diverged
-from engine.worker import run_attempt
+from chunkplan.engine.training.divergence import PATIENCE, LossWatch
+from chunkplan.engine.training.trainer import Diverged
+from chunkplan.engine.worker import run_attempt
 from tests.engine.runs import prepare_run
 
 VOCABULARY = 50_000  # ln is 10.8

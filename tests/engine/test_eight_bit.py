@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from engine import ChunkFT, InputError
-from engine.checkpoint import resume, save_checkpoint
-from engine.optimizer import OptimizerConfig
-from engine.quantise import dequantise, quantise, tables
-from engine.spec import Optimizer, StateDtype, TrainingSpec, parse
+from chunkplan.engine import ChunkFT, InputError
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
+from chunkplan.engine.optimizer.chunk_optimizer import OptimizerConfig
+from chunkplan.engine.optimizer.eight_bit import dequantise, quantise, tables
+from chunkplan.engine.spec import Optimizer, StateDtype, TrainingSpec, parse
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.updates import gradients, random_weight, run
 

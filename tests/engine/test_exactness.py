@@ -6,9 +6,9 @@ Bit for bit where no tensor of the chunk is cut, within 1e-6 (fp32) or one unit 
 import pytest
 import torch
 
-from engine import ParameterStream, activate
-from engine.step import StepOptions, Unobserved, forward_backward, prepared
-from engine.tasks import num_counted_tokens, task_of
+from chunkplan.engine import ParameterStream, activate
+from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
+from chunkplan.engine.model.tasks import num_counted_tokens, task_of
 from tests.engine.families import FAMILIES, UNLISTED, batch_for, relative_error, tiny_model
 
 COUNTS = (1, 2, 7, 16, 33)

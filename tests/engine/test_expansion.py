@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine import ChunkFT, InputError
-from engine.checkpoint import resume, save_checkpoint
-from engine.expansion import Expansion
-from engine.spec import TrainingSpec, parse
+from chunkplan.engine import ChunkFT, InputError
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
+from chunkplan.engine.optimizer.expansion import Expansion
+from chunkplan.engine.spec import TrainingSpec, parse
 from tests.engine.families import tiny_batch, tiny_model
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.export import ModelCard, base_license, export_model
+from chunkplan.engine.export.model_folder import ModelCard, base_license, export_model
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 CARD = ModelCard(

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from engine import ChunkFT, InputError
-from engine.checkpoint import resume, save_checkpoint
-from engine.rounding import stochastic_round_
-from engine.scaling import MAX_SKIPPED_IN_ROW, LossScale
-from engine.spec import RunSpec, TrainingSpec, parse
-from engine.step import StepOptions, evaluate
-from engine.trainer import Diverged, Trainer
-from engine.worker import EXIT_COMPLETED, run_attempt
+from chunkplan.engine import ChunkFT, InputError
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
+from chunkplan.engine.optimizer.rounding import stochastic_round_
+from chunkplan.engine.optimizer.loss_scale import MAX_SKIPPED_IN_ROW, LossScale
+from chunkplan.engine.spec import RunSpec, TrainingSpec, parse
+from chunkplan.engine.training.step import StepOptions, evaluate
+from chunkplan.engine.training.trainer import Diverged, Trainer
+from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.runs import prepare_run
 

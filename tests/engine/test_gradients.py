@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine import ParameterStream, activate, cut
-from engine.profiler import CpuProfiler
-from engine.step import StepOptions, Unobserved, forward_backward, prepared
+from chunkplan.engine import ParameterStream, activate, cut
+from chunkplan.engine.record.profiler import CpuProfiler
+from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
 from tests.engine.families import dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 
 COUNTS = (1, 5, 16)

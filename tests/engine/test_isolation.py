@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from engine import ChunkFT, ParameterStream, activate
-from engine.data import collate, joined
-from engine.errors import InputError
-from engine.isolation import check_isolation
-from engine.step import (
+from chunkplan.engine import ChunkFT, ParameterStream, activate
+from chunkplan.engine.data import collate, joined
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.model.packed_rows import check_isolation
+from chunkplan.engine.training.step import (
     StepOptions,
     Unobserved,
     check_packing,
@@ -17,7 +17,7 @@ from engine.step import (
     num_counted_tokens,
     prepared,
 )
-from engine.tokenize import IGNORE_INDEX, Tokens
+from chunkplan.engine.data.tokens import IGNORE_INDEX, Tokens
 from tests.engine.families import FAMILIES, VOCAB_SIZE, relative_error, tiny_model
 
 REFUSED = {

@@ -23,15 +23,15 @@ SETTINGS = {
 }
 _FORKS = """
 import os, sys
-import engine.trainer, engine.worker  # imported once; every attempt is a process of its own
+import chunkplan.engine.training.trainer, chunkplan.engine.worker  # imported once; every attempt is a process of its own
 for line in sys.stdin:
     run_dir, number = line.split()
     child = os.fork()
     if child == 0:
         with open(os.path.join(run_dir, "attempts", number, "log.txt"), "w") as log:
             os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-        sys.argv = ["engine.worker", "--run-dir", run_dir, "--attempt", number]
-        os._exit(engine.worker.main())
+        sys.argv = ["chunkplan.engine.worker", "--run-dir", run_dir, "--attempt", number]
+        os._exit(chunkplan.engine.worker.main())
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -12,12 +12,12 @@ from peft import import_utils
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from engine import ChunkFT, InputError
-from engine.checkpoint import resume, save_checkpoint
-from engine.export import export_model
-from engine.lora import add_adapters, merge_adapters
-from engine.spec import LoraSpec, TrainingSpec, parse
-from engine.worker import run_attempt
+from chunkplan.engine import ChunkFT, InputError
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
+from chunkplan.engine.export.model_folder import export_model
+from chunkplan.engine.model.adapters import add_adapters, merge_adapters
+from chunkplan.engine.spec import LoraSpec, TrainingSpec, parse
+from chunkplan.engine.worker import run_attempt
 from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
 from tests.engine.runs import events_of, exit_code, prepare_run, start_worker, wait_for
 from tests.engine.test_export import CARD

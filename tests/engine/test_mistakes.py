@@ -6,12 +6,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from engine import ChunkFT, InputError, ParameterStream, activate, states
-from engine.coverage import parameter_digests, updated_share
-from engine.optimizer import ChunkOptimizer, OptimizerConfig
-from engine.schedule import Schedule, rate_factor
-from engine.spec import StateDtype, TrainingSpec, parse
-from engine.step import StepOptions, compute_loss, prepared
+from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate, states
+from chunkplan.engine.training.coverage import parameter_digests, updated_share
+from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
+from chunkplan.engine.stream.schedule import Schedule, rate_factor
+from chunkplan.engine.spec import StateDtype, TrainingSpec, parse
+from chunkplan.engine.training.step import StepOptions, compute_loss, prepared
 from tests.engine.families import FAMILIES, dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 from tests.engine.test_transfer import Procrastinator
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.naming import output_name, output_prefix, size_name
-from engine.spec import OutputSpec
+from chunkplan.engine.export.names import output_name, output_prefix, size_name
+from chunkplan.engine.spec import OutputSpec
 
 
 @pytest.mark.parametrize(

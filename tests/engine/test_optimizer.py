@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine import ChunkFT, ParameterStream, activate
-from engine.optimizer import ChunkOptimizer, OptimizerConfig
-from engine.rounding import stochastic_round_
-from engine.schedule import Schedule
-from engine.spec import Order
-from engine.states import BLOCK_NUMEL
+from chunkplan.engine import ChunkFT, ParameterStream, activate
+from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
+from chunkplan.engine.optimizer.rounding import stochastic_round_
+from chunkplan.engine.stream.schedule import Schedule
+from chunkplan.engine.spec import Order
+from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL
 from tests.engine.families import tiny_batch, tiny_model
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.packing import pack
-from engine.spec import RunSpec
-from engine.trainer import Trainer
+from chunkplan.engine.data.packing import pack
+from chunkplan.engine.spec import RunSpec
+from chunkplan.engine.training.trainer import Trainer
 from tests.engine.runs import prepare_run
 
 

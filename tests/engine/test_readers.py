@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from engine import readers
-from engine.data import check_dataset
-from engine.errors import InputError
-from engine.rows import Conversation, Message, Passage, RowReader
+from chunkplan.engine import readers
+from chunkplan.engine.data import check_dataset
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.data.rows import Conversation, Message, Passage, RowReader
 
 ROWS = {
     "messages": [{"messages": [{"role": "user", "content": f"a, \"{i}\"\nö"}, {"role": "assistant", "content": "b"}]}

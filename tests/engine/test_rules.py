@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from engine import InputError, ParameterStream, activate
-from engine.optimizer import ChunkOptimizer, OptimizerConfig
-from engine.rounding import join, split
-from engine.schedule import Schedule
-from engine.spec import Master, Optimizer, StateDtype, TrainingSpec, parse
+from chunkplan.engine import InputError, ParameterStream, activate
+from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
+from chunkplan.engine.optimizer.rounding import join, split
+from chunkplan.engine.stream.schedule import Schedule
+from chunkplan.engine.spec import Master, Optimizer, StateDtype, TrainingSpec, parse
 from tests.engine.updates import gradients
 from tests.engine.updates import run as feed
 

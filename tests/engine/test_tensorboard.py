@@ -3,7 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.worker import run_attempt
+from chunkplan.engine.worker import run_attempt
 from tests.engine.runs import prepare_run
 
 

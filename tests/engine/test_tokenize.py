@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.rows import Conversation, Message, Passage
-from engine.tokenize import IGNORE_INDEX, Encoder
+from chunkplan.engine.data.rows import Conversation, Message, Passage
+from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder
 from tests.tiny import tiny_tokenizer
 
 CHAT = (

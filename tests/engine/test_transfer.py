@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from engine import ParameterStream, activate, states
-from engine.optimizer import ChunkOptimizer, OptimizerConfig
-from engine.schedule import Schedule
-from engine.spec import Master, Optimizer, StateDtype
-from engine.transfer import Lane
+from chunkplan.engine import ParameterStream, activate, states
+from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
+from chunkplan.engine.stream.schedule import Schedule
+from chunkplan.engine.spec import Master, Optimizer, StateDtype
+from chunkplan.engine.optimizer.state_transfer import Lane
 
 
 class Procrastinator(Lane):
@@ -52,7 +52,7 @@ class Hasty(Lane):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(states, "BLOCK_NUMEL", 256)
-    monkeypatch.setattr("engine.factored.BLOCK_NUMEL", 256)
+    monkeypatch.setattr("chunkplan.engine.optimizer.factored.BLOCK_NUMEL", 256)
 
 
 OPTIONS = [

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine import ChunkFT, InputError, ParameterStream, activate
-from engine.models import decoder_layers
-from engine.profiler import CpuProfiler
-from engine.spec import CheckpointedLayers
-from engine.step import StepOptions, Unobserved, compute_loss, forward_backward, prepared
+from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
+from chunkplan.engine.model.loading import decoder_layers
+from chunkplan.engine.record.profiler import CpuProfiler
+from chunkplan.engine.spec import CheckpointedLayers
+from chunkplan.engine.training.step import StepOptions, Unobserved, compute_loss, forward_backward, prepared
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.memory import held
 

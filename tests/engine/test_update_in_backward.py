@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks.planner_accuracy import CONFIGS, case, measure
-from engine import ChunkFT, InputError
-from engine.checkpoint import resume, save_checkpoint
-from engine.spec import TrainingSpec, parse
+from chunkplan.engine import ChunkFT, InputError
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
+from chunkplan.engine.spec import TrainingSpec, parse
 from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.worker import run_attempt
+from chunkplan.engine.worker import run_attempt
 from tests.engine.runs import (
     NUM_CHUNKS,
     NUM_STEPS,

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from engine import ParameterStream, activate
-from engine.optimizer import ChunkOptimizer
-from engine.schedule import Schedule, Visit
+from chunkplan.engine import ParameterStream, activate
+from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer
+from chunkplan.engine.stream.schedule import Schedule, Visit
 
 
 def gradients(num_updates, shape=(6, 8), seed=0):

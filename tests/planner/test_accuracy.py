@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.planner_accuracy import CONFIGS, Case, case, compare, measure, summary
-from planner import PlanRequest, plan
-from planner.residuals import STEP
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.calibration.residuals import STEP
 
 CASES = [
     case("llama", precision="fp32"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.allocator import MIB, CachingAllocator, OutOfDeviceMemoryError, segment_size_bytes
+from chunkplan.planner.allocator.caching import MIB, CachingAllocator, OutOfDeviceMemoryError, segment_size_bytes
 
 GIB = 1024 * MIB
 

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from engine.errors import InputError
-from planner import PlanRequest, plan
-from planner.calibration import Calibration, Observation, calibration_path, fit, write_calibration
+from chunkplan.engine.errors import InputError
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.calibration.margins import Calibration, Observation, calibration_path, fit, write_calibration
 
 MIB = 2**20
 

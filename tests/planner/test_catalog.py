@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from engine.errors import InputError
-from engine.spec import ModelConfig, ModelPath
-from planner.catalog import ModelEntry, detect_gpu, detect_gpus, find_gpu, find_model, gpus, models
-from planner.spec import GpuSpec
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import ModelConfig, ModelPath
+from chunkplan.planner.catalog import ModelEntry, detect_gpu, detect_gpus, find_gpu, find_model, gpus, models
+from chunkplan.planner.spec import GpuSpec
 
 CONTRACT_GPUS = {"rtx-4090", "rtx-3090", "rtx-3060-12gb", "a100-80gb", "h100-80gb", "h800-80gb", "h200"}
 CONTRACT_MODELS = {"llama-2-7b", "llama-3-8b", "llama-3-70b", "qwen2.5-7b", "gpt2", "smollm2-135m-instruct"}
@@ -224,8 +224,8 @@ def test_model_rows_are_complete_and_unique():
 
 
 def test_every_model_builds_offline_with_its_published_parameter_count():
-    from engine.models import meta_model
-    from engine.spec import Precision
+    from chunkplan.engine.model.loading import meta_model
+    from chunkplan.engine.spec import Precision
 
     started = time.perf_counter()
     wrong = {}
@@ -400,9 +400,9 @@ def test_known_model_types_are_those_of_transformers():
 def test_the_catalog_loads_fast_and_without_torch():
     program = (
         "import sys, time\n"
-        "import planner.spec\n"
+        "import chunkplan.planner.spec\n"
         "started = time.process_time()\n"
-        "from planner.catalog import find_gpu, find_model, gpus, models\n"
+        "from chunkplan.planner.catalog import find_gpu, find_model, gpus, models\n"
         "imported = time.process_time()\n"
         "gpus(), models(), find_gpu('rtx 4090'), find_model('llama-3-8b')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"

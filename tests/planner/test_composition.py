@@ -2,17 +2,17 @@
 
 import pytest
 
-import planner.footprint
-import planner.structure
-import planner.trace
-from engine.chunks import Chunk, Slice, partition
-from engine.spec import TrainingSpec, parse
-from planner import PlanRequest, plan
-from planner.compose import compose
-from planner.fold import Copies, fold
-from planner.segments import LayerRun, layer_runs
-from planner.structure import chunk_roles, stand_ins
-from planner.trace import ModelTracer
+import chunkplan.planner.footprint.footprint
+import chunkplan.planner.trace.structure
+import chunkplan.planner.trace.tracer
+from chunkplan.engine.stream.chunks import Chunk, Slice, partition
+from chunkplan.engine.spec import TrainingSpec, parse
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.footprint.compose import compose
+from chunkplan.planner.footprint.folded import Copies, fold
+from chunkplan.planner.trace.step_trace import LayerRun, layer_runs
+from chunkplan.planner.trace.structure import chunk_roles, stand_ins
+from chunkplan.planner.trace.tracer import ModelTracer
 
 BASE = {
     "vocab_size": 211,

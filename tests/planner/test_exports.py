@@ -6,10 +6,10 @@ import pickletools
 
 import pytest
 
-from engine.errors import InputError
-from planner import PlanRequest, plan, timeline
-from planner.exports import export, trace_events
-from planner.spec import Breakdown
+from chunkplan.engine.errors import InputError
+from chunkplan.planner import PlanRequest, plan, timeline
+from chunkplan.planner.report.formats import export, trace_events
+from chunkplan.planner.spec import Breakdown
 
 TINY = {
     "model_type": "llama",

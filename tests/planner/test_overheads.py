@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from planner.catalog import find_gpu, gpus
-from planner.overheads import attention_backward_scratch_bytes, overheads
+from chunkplan.planner.catalog import find_gpu, gpus
+from chunkplan.planner.catalog.overheads import attention_backward_scratch_bytes, overheads
 
 MIB = 1024**2
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.planner_accuracy import CONFIGS, case
-from planner import PlanRequest, plan
+from chunkplan.planner import PlanRequest, plan
 from tests.engine.runs import events_of, exit_code, start_worker, write_job
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from engine.chunks import partition
-from engine.spec import ScheduleSpec, parse
-from planner import PlanRequest, plan, timeline
-from planner.planning import Planner
+from chunkplan.engine.stream.chunks import partition
+from chunkplan.engine.spec import ScheduleSpec, parse
+from chunkplan.planner import PlanRequest, plan, timeline
+from chunkplan.planner.answers.plan import Planner
 
 LLAMA = {
     "model_type": "llama",
@@ -148,7 +148,7 @@ def test_auto_finds_a_schedule_that_fits():
 
 CACHED = """
 import sys, time
-from planner import PlanRequest, plan
+from chunkplan.planner import PlanRequest, plan
 begin = time.process_time()
 answer = plan(PlanRequest.model_validate_json(sys.argv[1]))
 assert not {"torch", "transformers"} & set(sys.modules), "a cached plan imported torch"

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from engine.spec import ScheduleSpec
-from planner.plot import plot_footprint
-from planner.spec import Alternative, Breakdown, Timeline, TimelinePoint
+from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.planner.report.plot import plot_footprint
+from chunkplan.planner.spec import Alternative, Breakdown, Timeline, TimelinePoint
 from tests.plans import GIB, make_plan
 
 
@@ -52,7 +52,7 @@ def test_a_picture_is_written(tmp_path, capacity_bytes, num_chunks):
 
 def test_the_words_in_the_picture(tmp_path):
     path = tmp_path / "footprint.svg"
-    code = "import sys; import planner.plot; print('torch' in sys.modules)"
+    code = "import sys; import chunkplan.planner.report.plot; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
     plot_footprint(make_plan(capacity_bytes=24 * GIB), make_timeline(24 * GIB), path)
     svg = path.read_text()

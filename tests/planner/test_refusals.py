@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from engine.errors import InputError
-from engine.spec import parse
-from planner import PlanRequest, plan
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import parse
+from chunkplan.planner import PlanRequest, plan
 
 LLAMA = {
     "model_type": "llama",

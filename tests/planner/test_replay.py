@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.schedule import Schedule
-from engine.spec import Order, parse
-from planner import PlanRequest
-from planner.allocator import MIB, MIN_BLOCK_BYTES, CachingAllocator
-from planner.planning import Planner
-from planner.pools import LARGEST_SMALL, Pool, Program, units
-from planner.replay import Replay, reserved_bytes
-from planner.walk import Walk
+from chunkplan.engine.stream.schedule import Schedule
+from chunkplan.engine.spec import Order, parse
+from chunkplan.planner import PlanRequest
+from chunkplan.planner.allocator.caching import MIB, MIN_BLOCK_BYTES, CachingAllocator
+from chunkplan.planner.answers.plan import Planner
+from chunkplan.planner.allocator.pool import LARGEST_SMALL, Pool, Program, units
+from chunkplan.planner.footprint.reserved import Replay, reserved_bytes
+from chunkplan.planner.footprint.block_events import Walk
 from tests.planner.test_exports import CASES, TINY
 
 LAYERS = {"num_hidden_layers": 12}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from planner.residuals import residuals
+from chunkplan.planner.calibration.residuals import residuals
 from tests.plans import make_plan
 
 

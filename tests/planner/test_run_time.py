@@ -2,11 +2,11 @@
 
 import pytest
 
-from engine.errors import InputError
-from engine.spec import parse
-from planner import PlanRequest, plan
-from planner.catalog import find_gpu
-from planner.timing import passage
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import parse
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.planner.timing.roofline import passage
 from tests.planner.test_exports import TINY
 
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from engine.errors import InputError
-from engine.spec import CheckpointedLayers, parse
-from planner import PlanRequest, plan
-from planner.comparison import compare
-from planner.inverse import largest
-from planner.planning import Planner
-from planner.search import candidates, choose, pareto
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import CheckpointedLayers, parse
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.answers.comparison import compare
+from chunkplan.planner.answers.largest import largest
+from chunkplan.planner.answers.plan import Planner
+from chunkplan.planner.search.choose import candidates, choose, pareto
 
 LLAMA = {
     "model_type": "llama",
@@ -174,7 +174,7 @@ def test_comparing_names_what_is_refused():
 
 ELSEWHERE = """
 import sys
-from planner import PlanRequest, plan
+from chunkplan.planner import PlanRequest, plan
 print(plan(PlanRequest.model_validate_json(sys.argv[1])).model_dump_json())
 """
 

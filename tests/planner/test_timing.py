@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.spec import Precision
-from planner.catalog import find_gpu, gpus
-from planner.timing import op_seconds, ops_seconds, transfer_seconds
+from chunkplan.engine.spec import Precision
+from chunkplan.planner.catalog import find_gpu, gpus
+from chunkplan.planner.timing.roofline import op_seconds, ops_seconds, transfer_seconds
 
 
 def test_a_large_product_is_bound_by_flops():

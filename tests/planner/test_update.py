@@ -2,12 +2,12 @@
 
 import pytest
 
-from engine.spec import TrainingSpec, parse
-from engine.states import BLOCK_NUMEL, StateLayout
-from planner import PlanRequest, plan, timeline
-from planner.fold import NO_COPIES, fold
-from planner.segments import CATEGORIES
-from planner.update import trace_update
+from chunkplan.engine.spec import TrainingSpec, parse
+from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout
+from chunkplan.planner import PlanRequest, plan, timeline
+from chunkplan.planner.footprint.folded import NO_COPIES, fold
+from chunkplan.planner.trace.step_trace import CATEGORIES
+from chunkplan.planner.trace.slice_update import trace_update
 
 STATES = CATEGORIES.index("optimizer_states")
 

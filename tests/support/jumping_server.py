@@ -7,9 +7,9 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from service.clock import SystemClock
-from service.serve import serve
-from service.settings import Settings
+from chunkplan.service.kit.clock import SystemClock
+from chunkplan.service.serve import serve
+from chunkplan.service.settings import Settings
 
 
 class JumpingClock(SystemClock):

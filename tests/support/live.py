@@ -35,10 +35,10 @@ def free_port() -> int:
 
 
 class LiveServer:
-    """``python -m service.serve``, or a test's own way to it, on a free port or a given one."""
+    """``python -m chunkplan.service.serve``, or a test's own way to it, on a free port or a given one."""
 
     def __init__(
-        self, environment: dict[str, str], log: Path, port: int | None = None, module: str = "service.serve"
+        self, environment: dict[str, str], log: Path, port: int | None = None, module: str = "chunkplan.service.serve"
     ) -> None:
         port = port or free_port()
         self._log = log
@@ -62,7 +62,7 @@ class LiveServer:
     def trainers(self) -> list[psutil.Process]:
         """The trainers that this server has started and that still run."""
         children = psutil.Process(self._process.pid).children()
-        return [child for child in children if "engine.worker" in child.cmdline()]
+        return [child for child in children if "chunkplan.engine.worker" in child.cmdline()]
 
     def children(self) -> list[psutil.Process]:
         """Every process that this server has started, and theirs."""

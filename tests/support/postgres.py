@@ -15,8 +15,8 @@ from types import TracebackType
 
 import psycopg
 
-import service.db.tables  # noqa: F401 - fills the metadata
-from service.db.base import Base
+import chunkplan.service.db.tables  # noqa: F401 - fills the metadata
+from chunkplan.service.db.base import Base
 from tests.support.waiting import wait_for
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from service.execution.ledger import Handle, Ledger
-from service.execution.messages import read_messages
+from chunkplan.service.execution.ledger import Handle, Ledger
+from chunkplan.service.execution.records.messages import read_messages
 
 TIME = "2026-01-01T00:00:05Z"
 STARTED = {"type": "started", "time": TIME, "total_steps": 8, "resumed_step": 0}

@@ -10,11 +10,11 @@ import pytest
     ("module", "absent"),
     [
         ("engine", "torch transformers"),
-        ("engine.data", "torch transformers"),
+        ("chunkplan.engine.data", "torch transformers"),
         ("planner", "torch transformers fastapi sqlalchemy matplotlib"),
-        ("service.app", "torch transformers matplotlib"),
-        ("service.cli.entry", "torch transformers fastapi sqlalchemy uvicorn matplotlib"),
-        ("service.demo.run", "torch transformers matplotlib"),
+        ("chunkplan.service.app", "torch transformers matplotlib"),
+        ("chunkplan.service.cli.entry", "torch transformers fastapi sqlalchemy uvicorn matplotlib"),
+        ("chunkplan.service.demo.run", "torch transformers matplotlib"),
     ],
 )
 def test_a_module_imports_nothing_heavy(module, absent):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from engine.errors import InputError
-from service.cli.output import count, duration, gibibytes, number, percent
-from service.cli.progress import describe
-from service.cli.requests import model_reference, parse_bytes
+from chunkplan.engine.errors import InputError
+from chunkplan.service.cli.output import count, duration, gibibytes, number, percent
+from chunkplan.service.cli.progress import describe
+from chunkplan.service.cli.requests import model_reference, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Every table. Typed columns for what is queried, JSON for specs."""
 
-from service.db.tables.access import ApiKeyRow, IdempotencyRow
-from service.db.tables.catalog import CalibrationRow, GpuRow, ModelRow
-from service.db.tables.files import FileRow
-from service.db.tables.jobs import AttemptRow, EventRow, JobRow
-from service.db.tables.plans import PlanRow, PlanUseRow
-from service.db.tables.results import ArtifactRow, CheckpointRow, MetricRow, ProfileRow, SampleRow
-from service.db.tables.rollups import JobDayRow, ProfilePhaseRow
+from chunkplan.service.db.tables.access import ApiKeyRow, IdempotencyRow
+from chunkplan.service.db.tables.catalog import CalibrationRow, GpuRow, ModelRow
+from chunkplan.service.db.tables.files import FileRow
+from chunkplan.service.db.tables.jobs import AttemptRow, EventRow, JobRow
+from chunkplan.service.db.tables.plans import PlanRow, PlanUseRow
+from chunkplan.service.db.tables.results import ArtifactRow, CheckpointRow, MetricRow, ProfileRow, SampleRow
+from chunkplan.service.db.tables.rollups import JobDayRow, ProfilePhaseRow
 
 __all__ = [
     "ApiKeyRow",

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import Base, Digest, Identifier, Name, Owned
+from chunkplan.service.db.base import Base, Digest, Identifier, Name, Owned
 
 
 class ApiKeyRow(Base):
@@ -25,7 +25,7 @@ class ApiKeyRow(Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
-    """Coarse: see `service.access.service`."""
+    """Coarse: see `chunkplan.service.access.service`."""
     revoked_at: Mapped[datetime | None]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import Base, Identifier, Name
+from chunkplan.service.db.base import Base, Identifier, Name
 
 
 class ModelRow(Base):

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from sqlalchemy import Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import Base, Digest, Identifier, Name, Owned
+from chunkplan.service.db.base import Base, Digest, Identifier, Name, Owned
 
 
 class FileRow(Owned, Base):

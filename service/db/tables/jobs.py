@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import Base, BigKey, Identifier, Name, OfJob, Owned, Reference, choice
-from service.jobs.states import JobState, Reason
+from chunkplan.service.db.base import Base, BigKey, Identifier, Name, OfJob, Owned, Reference, choice
+from chunkplan.service.job_states import JobState, Reason
 
 
 class JobRow(Owned, Base):
@@ -38,7 +38,7 @@ class JobRow(Owned, Base):
     """What a device must be called to run it: its kind (``cpu``, ``cuda``), its name (``cuda:1``), or its GPU's."""
     priority: Mapped[int]
     turn_at: Mapped[datetime]
-    """Whose is earliest is next: see `service.jobs.turn`."""
+    """Whose is earliest is next: see `chunkplan.service.jobs.turn`."""
     plan_id: Mapped[Identifier] = mapped_column(ForeignKey("plans.id"), index=True)
     upper_bytes: Mapped[int]
     """What it may take of a device: its plan's bound and ``extra_bytes``."""
@@ -71,7 +71,7 @@ class JobRow(Owned, Base):
 
 
 class AttemptRow(OfJob, Base):
-    """One process that runs, or ran, a job. Its token fences its writes: see `service.execution.ingest`."""
+    """One process that runs, or ran, a job. Its token fences its writes: see `chunkplan.service.execution.records.ingest`."""
 
     __tablename__ = "attempts"
     __table_args__ = (UniqueConstraint("job_id", "number"), Index(None, "ended_at", "lease_expires_at"))

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from service.db.base import Base, Identifier, Name, Owned, Reference
+from chunkplan.service.db.base import Base, Identifier, Name, Owned, Reference
 
 
 class PlanRow(Base):

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import Base, BigKey, Digest, Identifier, Name, OfJob, Owned, Reference
+from chunkplan.service.db.base import Base, BigKey, Digest, Identifier, Name, OfJob, Owned, Reference
 
 
 class CheckpointRow(OfJob, Base):

@@ -7,7 +7,7 @@ from datetime import date
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.db.base import Base, Identifier, Name, Owned, Reference
+from chunkplan.service.db.base import Base, Identifier, Name, Owned, Reference
 
 
 class JobDayRow(Owned, Base):
@@ -57,4 +57,4 @@ class ProfilePhaseRow(Owned, Base):
     mean_absolute_error: Mapped[float]
     max_absolute_error: Mapped[float]
     bucket: Mapped[int]
-    """Of ``max_absolute_error``: see `service.dashboard.percentiles`."""
+    """Of ``max_absolute_error``: see `chunkplan.service.profiles.percentiles`."""

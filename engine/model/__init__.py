@@ -1,0 +1,1 @@
+"""Models of transformers, unmodified: loading, parts, tasks, adapters."""

@@ -1,0 +1,1 @@
+"""Updates of the active chunk, and where its states live."""

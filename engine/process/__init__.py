@@ -1,0 +1,1 @@
+"""The trainer as a process: its heap, its device, its parent."""

@@ -1,0 +1,1 @@
+"""What can be asked of a training run: specs, their checks, and the job as the worker gets it."""

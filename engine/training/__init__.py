@@ -1,0 +1,1 @@
+"""One training step, and the run that repeats it."""

@@ -1,0 +1,1 @@
+"""From traces to bytes over time."""

@@ -1,0 +1,558 @@
+"""The footprint of every chunk's step: peaks by phase, their breakdown, seconds. Pure but for the trace store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from chunkplan.engine.stream.chunks import Chunk, Slice, partition
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.spec import Optimizer, ScheduleSpec, TrainingSpec
+from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
+from chunkplan.planner.trace.store import TraceStore
+from chunkplan.planner.footprint.folded import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, SliceUpdate, added, fold, rounded
+from chunkplan.planner.footprint.replay_programs import Interned, StepPrograms, UpdateProgram
+from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
+from chunkplan.planner.spec import GpuSpec
+from chunkplan.planner.trace.structure import ModelStructure, chunk_roles, stand_ins
+from chunkplan.planner.timing.roofline import Passage, Rates, passage, rates, transfer_seconds
+
+_WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
+_STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other")
+CUDA_GRANULARITY = 512
+MAX_PLANNED_CHUNKS = 4096
+"""Bounds the work of one plan; past a few hundred a chunk's own memory is small against everything else."""
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Live bytes by category at the highest moment of one segment, and when that segment begins."""
+
+    phase: str
+    segment: str
+    seconds: float
+    by_category: tuple[int, ...]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Sum over the categories."""
+        return sum(self.by_category)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One kind of update within a visit: whether the states come with it, whether they leave, how many there are."""
+
+    comes: bool
+    leaves: bool
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFootprint:
+    """One chunk's step in numbers, and what the allocator replay needs."""
+
+    chunk: Chunk
+    peak_bytes: int
+    """Highest allocated bytes over all kinds of update."""
+    phase_peak_bytes: dict[str, int]
+    """Highest allocated bytes of each phase over all kinds of update."""
+    seconds: float
+    """Mean over the updates of a visit."""
+    trace: StepTrace
+    runs: tuple[LayerRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Forward and backward of one micro-batch of a chunk, whatever the schedule keeps and moves."""
+
+    trace: StepTrace
+    runs: tuple[LayerRun, ...]
+    folded: FoldedStep
+    copies: Copies
+    sizes: list[int]
+    """Of the variables."""
+    traced: tuple[Slice, ...]
+    """Slices of the chunk that the trace's stand for, the first of each."""
+    phase_peaks: dict[str, int]
+    """Relative to the beginning of the step."""
+    net: int
+    seconds: tuple[float, ...]
+    """Of every segment with its copies."""
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _SliceFigures:
+    """The update of one slice in numbers: highest moments relative to its beginning, its change, its seconds."""
+
+    clip_peak: int
+    clip_seconds: float
+    peak: int
+    net: int
+    seconds: float
+    """Of the update alone."""
+    passage: Passage
+    states_bytes: int
+    """On the device."""
+
+
+def updates_of_visit(schedule: ScheduleSpec) -> list[Update]:
+    """The distinct kinds of update of a visit."""
+    if schedule.switch_every == 1:
+        return [Update(True, True)]
+    num_middle = schedule.switch_every - 2
+    middle = [Update(False, False, num_middle)] if num_middle else []
+    return [Update(True, False), *middle, Update(False, True)]
+
+
+class Footprints:
+    """Computes chunks' footprints for one model, training spec and device.
+
+    Args:
+        store: traces of the model under the spec.
+        training: the spec; its schedule is given separately.
+        gpu: decides granularity and time.
+    """
+
+    def __init__(self, store: TraceStore, training: TrainingSpec, gpu: GpuSpec) -> None:
+        self.store = store
+        self.training = training
+        self.gpu = gpu
+        self.structure: ModelStructure = store.structure()
+        self.granularity = 1 if gpu.kind == "cpu" else CUDA_GRANULARITY
+        self._rates: Rates = rates(training.compute_precision, gpu)
+        self._steps: dict[tuple[int, int, int, int, bool], _Step] = {}
+        self._folds: dict[int, tuple[StepTrace, FoldedStep]] = {}
+        self._programs: dict[int, StepPrograms] = {}
+        self.interned: Interned = {}
+        """Programs of the allocator's pools that were met."""
+        self._update_programs: dict[int, UpdateProgram] = {}
+        self._work_seconds: dict[int, list[float]] = {}
+        self._columns = [info.num_columns for info in self.structure.parameters]
+        self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], _SliceFigures]] = {}
+        self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
+        self._kept: dict[tuple[int, StateLayout], int] = {}
+        self._states: dict[tuple[int, int, Hashable, Hashable, Hashable], tuple[int, int]] = {}
+        self._resident: dict[str, Bytes] = {}
+        self._estimates: dict[tuple[Hashable, ...], tuple[int, float]] = {}
+        self._largest: dict[int, Chunk] = {}
+        self._partitions: dict[int, list[Chunk]] = {}
+
+    def chunks(self, num_chunks: int) -> list[Chunk]:
+        """The stream's partition; raises InputError for more chunks than rows, or than can be planned."""
+        if num_chunks > MAX_PLANNED_CHUNKS:
+            raise InputError("training.schedule.num_chunks", f"at most {MAX_PLANNED_CHUNKS} chunks can be planned")
+        if num_chunks not in self._partitions:
+            self._partitions[num_chunks] = partition(self.structure.parameters, num_chunks)
+        return self._partitions[num_chunks]
+
+    def largest_chunk(self, num_chunks: int) -> Chunk:
+        """The one with most parameters."""
+        if num_chunks not in self._largest:
+            self._largest[num_chunks] = max(self.chunks(num_chunks), key=lambda chunk: chunk.num_parameters)
+        return self._largest[num_chunks]
+
+    def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
+        """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
+        step = self._step(chunk, expands=schedule.expansion == "factored")
+        phase_peaks: dict[str, int] = {}
+        total_seconds = 0.0
+        for update in updates_of_visit(schedule):
+            peaks, seconds = self._figures(chunk, step, schedule, update)
+            total_seconds += seconds * update.count
+            for phase, peak in peaks.items():
+                phase_peaks[phase] = max(phase_peaks.get(phase, 0), peak)
+        seconds = total_seconds / schedule.switch_every
+        return ChunkFootprint(chunk, max(phase_peaks.values()), phase_peaks, seconds, step.trace, step.runs)
+
+    def moments(self, chunk: Chunk, schedule: ScheduleSpec) -> list[Moment]:
+        """Every segment's highest moment, of the kind of update whose peak is the highest."""
+        step = self._step(chunk, expands=schedule.expansion == "factored")
+        highest: list[Moment] = []
+        for update in updates_of_visit(schedule):
+            moments = self._moments(chunk, step, schedule, update)
+            highest = max(highest, moments, key=lambda items: max((m.allocated_bytes for m in items), default=0))
+        return highest
+
+    def evaluation_bytes(self) -> int:
+        """Highest moment of a held-out batch's forward pass, on top of what is live between two updates."""
+        folded = self._folded(self.store.evaluation())
+        copies = Copies.of(layer_runs(self.structure.signatures))
+        peaks, _ = _phase_peaks(folded, folded.totals(copies, folded.sizes(copies, (), 0)))
+        return max(peaks.values())
+
+    def dense_seconds(self, schedule: ScheduleSpec) -> float:
+        """Of one update of all parameters whose states are on the device, before and after: dense fine-tuning."""
+        (chunk,) = self.chunks(1)
+        dense = schedule.model_copy(update={"num_chunks": 1, "expansion": "none"})
+        step = self._step(chunk, expands=False)
+        return self._figures(chunk, step, dense, Update(comes=False, leaves=False))[1]
+
+    def _step(self, chunk: Chunk, *, expands: bool) -> _Step:
+        first, last = chunk.slices[0], chunk.slices[-1]
+        key = (first.index, first.start, last.index, last.stop, expands)
+        if key not in self._steps:
+            roles = chunk_roles(self.structure, chunk, self.training)
+            runs = tuple(layer_runs(roles.layers))
+            trace = self.store.step(chunk, roles, expands=expands)
+            folded = self._folded(trace)
+            copies = Copies.of(runs)
+            traced = tuple(chunk.slices[ordinals[0]] for ordinals in stand_ins(self.structure, chunk, runs))
+            itemsize = self.training.trained_precision.itemsize
+            sizes = folded.sizes(copies, [piece.numel for piece in traced], itemsize)
+            seconds = self._segment_seconds(folded, copies)
+            phase_peaks, net = _phase_peaks(folded, folded.totals(copies, sizes))
+            total = _one_after_another(seconds)
+            self._steps[key] = _Step(trace, runs, folded, copies, sizes, traced, phase_peaks, net, seconds, total)
+        return self._steps[key]
+
+    def _folded(self, trace: StepTrace) -> FoldedStep:
+        """The trace folded, once."""
+        known = self._folds.get(id(trace))
+        if known is None:
+            known = self._folds[id(trace)] = (trace, fold(trace, self.granularity))
+        return known[1]
+
+    def _segment_seconds(self, folded: FoldedStep, copies: Copies) -> tuple[float, ...]:
+        known = self._work_seconds.get(id(folded))
+        if known is None:
+            known = self._work_seconds[id(folded)] = [self._seconds(segment.work) for segment in folded.segments]
+        return tuple(
+            seconds * (copies.num[segment.place] if segment.place >= 0 else 1)
+            for seconds, segment in zip(known, folded.segments, strict=True)
+        )
+
+    def update_trace(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> StepTrace:
+        """The optimizer's work on one slice."""
+        return self.store.update(
+            piece.numel,
+            self._num_columns(piece),
+            schedule,
+            comes=update.comes,
+            leaves=update.leaves,
+            is_shared=self._is_shared(update),
+        )
+
+    def programs(self, trace: StepTrace) -> StepPrograms:
+        """A trace of this model prepared for the replay, once."""
+        if id(trace) not in self._programs:
+            self._programs[id(trace)] = StepPrograms(trace)
+        return self._programs[id(trace)]
+
+    def update_program(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> UpdateProgram:
+        """The update of a slice prepared for the replay, once."""
+        trace = self.update_trace(piece, schedule, update)
+        if id(trace) not in self._update_programs:
+            self._update_programs[id(trace)] = UpdateProgram(trace)
+        return self._update_programs[id(trace)]
+
+    def _is_shared(self, update: Update) -> bool:
+        """Do the states of the whole chunk pass through the same buffers? Only where copies run beside updates."""
+        return self.gpu.kind != "cpu" and update.comes and update.leaves and not self.training.update_in_backward
+
+    def buffers(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> list[int]:
+        """Sizes of the tensors through which the chunk's states pass during this kind of update."""
+        if not self._is_shared(update):
+            return []
+        blocks = [block for piece in chunk.slices for block in self._largest_blocks(piece, schedule)]
+        return [tensor.num_bytes for tensor in largest_tensors(blocks).values()] * min(2, len(blocks))
+
+    def _largest_blocks(self, piece: Slice, schedule: ScheduleSpec) -> list[dict[str, StateTensor]]:
+        """States of the slice's first two blocks: none is larger, and more than two are not there at once."""
+        layout = StateLayout.of(self.training, schedule)
+        key = (piece.numel, self._num_columns(piece), layout)
+        if key not in self._blocks:
+            self._blocks[key] = layout.wanted([key[:2]])[:2]
+        return self._blocks[key]
+
+    def kept_bytes(self, schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps in host memory for all chunks between their visits."""
+        layout = StateLayout.of(self.training, schedule)
+        key = (schedule.num_chunks, layout)
+        if key not in self._kept:
+            shapes = ((piece.numel, self._num_columns(piece)) for c in self.chunks(key[0]) for piece in c.slices)
+            self._kept[key] = sum(layout.host_bytes(*shape) * count for shape, count in Counter(shapes).items())
+        return self._kept[key]
+
+    def _num_columns(self, piece: Slice) -> int:
+        return self._columns[piece.index]
+
+    def resident(self, schedule: ScheduleSpec) -> Bytes:
+        """Live bytes by category between two steps."""
+        known = self._resident.get(schedule.expansion)
+        if known is None:
+            live = [0] * len(CATEGORIES)
+            live[_WEIGHTS] = sum(map(self.rounded, self.structure.parameter_sizes))
+            live[_OTHER] = self.structure.buffer_bytes
+            if schedule.expansion == "factored":
+                live[_STATES] = sum(map(self.rounded, self.factored_bytes()))
+            known = self._resident[schedule.expansion] = tuple(live)
+        return known
+
+    def factored_bytes(self) -> list[int]:
+        """Sizes of the factored moments of all parameters: an fp32 per row and one per column."""
+        infos = self.structure.parameters
+        return [4 * length for info in infos for length in (info.numel // info.num_columns, info.num_columns)]
+
+    def rounded(self, size_bytes: int) -> int:
+        """Size of a block as the device's allocator counts it."""
+        return rounded(size_bytes, self.granularity)
+
+    def states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps on the device for a slice."""
+        return self._states_bytes(piece, schedule)[0]
+
+    def host_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
+        """What the optimizer keeps in host memory for a slice between visits."""
+        return self._states_bytes(piece, schedule)[1]
+
+    def _states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> tuple[int, int]:
+        """On the device, and on the host between visits; known for slices of one size and width."""
+        key = (piece.numel, self._num_columns(piece), schedule.states, schedule.state_dtype, schedule.master)
+        if key not in self._states:
+            layout = StateLayout.of(self.training, schedule)
+            on_device = sum(map(self.rounded, layout.device_bytes(*key[:2])))
+            self._states[key] = on_device, layout.host_bytes(*key[:2])
+        return self._states[key]
+
+    def estimate(self, schedule: ScheduleSpec) -> tuple[int, float]:
+        """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart quickly.
+
+        Steps are exact, updates of slices estimated (see :meth:`_rough_figures`); schedules that differ only in how
+        often a kind of update comes share everything.
+        """
+        chunks = self.chunks(schedule.num_chunks)
+        highest, seconds = 0, 0.0
+        for update in updates_of_visit(schedule):
+            kept = (schedule.states, schedule.state_dtype.value, schedule.master.value, schedule.expansion)
+            key = (schedule.num_chunks, kept, update.comes, update.leaves)
+            if key not in self._estimates:
+                expands = schedule.expansion == "factored"
+                figures = [
+                    self._figures(chunk, self._step(chunk, expands=expands), schedule, update, rough=True)
+                    for chunk in chunks
+                ]
+                peak = max(max(peaks.values()) for peaks, _ in figures)
+                self._estimates[key] = peak, sum(each for _, each in figures)
+            peak, of_cycle = self._estimates[key]
+            highest = max(highest, peak)
+            seconds += of_cycle * update.count
+        return highest, seconds / schedule.switch_every / len(chunks)
+
+    def _figures(
+        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update, *, rough: bool = False
+    ) -> tuple[dict[str, int], float]:
+        """Peak of each phase, and seconds, of one kind of update: what :meth:`_moments` says, in totals."""
+        training = self.training
+        live = sum(self._before(chunk, schedule, update))
+        phase_peaks, net = step.phase_peaks, step.net
+        slices = self._all_figures(chunk, schedule, update, rough=rough)
+        if training.update_in_backward:
+            updates = [self._in_backward(piece, schedule, update) for piece in step.traced]
+            totals = [(sum(each.peak), sum(each.net)) for each in updates]
+            phase_peaks, net = _phase_peaks(step.folded, step.folded.totals(step.copies, step.sizes, totals))
+        peaks = {phase: live + peak for phase, peak in phase_peaks.items()}
+        live += net
+        highest = live
+        seconds = self._step_seconds(chunk, step, schedule)
+        if self._takes_norms:
+            highest = live + max(figures.clip_peak for figures in slices)
+            seconds += sum(figures.clip_seconds for figures in slices)
+        live += sum(map(self.rounded, self.buffers(chunk, schedule, update)))
+        if training.update_in_backward:
+            highest = max(highest, live)
+        leaves = update.leaves and not update.comes
+        for figures in slices:
+            if not training.update_in_backward:
+                highest = max(highest, live + figures.peak)
+                live += figures.net - (figures.states_bytes if leaves else 0)
+        seconds += self._passages_seconds((figures.passage for figures in slices), update)
+        return peaks | {"optimizer": highest}, seconds
+
+    def _moments(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update) -> list[Moment]:
+        """Every segment's highest moment during one kind of update."""
+        training = self.training
+        live = self._before(chunk, schedule, update)
+        in_backward: list[SliceUpdate] = []
+        if training.update_in_backward:
+            in_backward = [self._in_backward(piece, schedule, update) for piece in step.traced]
+        moments, begin = [], 0.0
+        summaries = step.folded.summaries(step.copies, step.sizes, in_backward)
+        for summary, seconds in zip(summaries, step.seconds, strict=True):
+            if summary.phase != "end":
+                moments.append(Moment(summary.phase, segment_name(summary), begin, added(live, summary.peak)))
+            live = added(live, summary.net)
+            begin += seconds
+        begin = self._step_seconds(chunk, step, schedule)
+        updates = [self._update(piece, schedule, update) for piece in chunk.slices]
+        if self._takes_norms:
+            clips = [added(live, phases["clip"].peak) for phases in updates]
+            moments.append(Moment("optimizer", "clip", begin, max(clips, key=sum)))
+            begin += sum(self._seconds(phases["clip"].work) for phases in updates)
+        live = _more(live, _STATES, sum(map(self.rounded, self.buffers(chunk, schedule, update))))
+        for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
+            summary = phases["optimizer"]
+            if not training.update_in_backward:
+                moments.append(Moment("optimizer", f"slice {position}", begin, added(live, summary.peak)))
+                live = added(live, summary.net)
+                if update.leaves and not update.comes:
+                    live = _more(live, _STATES, -self.states_bytes(piece, schedule))
+            begin += self._passage(piece, schedule, update, self._seconds(summary.work)).steady
+        if training.update_in_backward:
+            moments.append(Moment("optimizer", "end", begin, live))
+        return moments
+
+    @property
+    def _takes_norms(self) -> bool:
+        return self.training.max_grad_norm is not None or self.training.scales_loss
+
+    def _before(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> Bytes:
+        """Live bytes by category before the last micro-batch of an update."""
+        training = self.training
+        live = list(self.resident(schedule))
+        if not update.comes:
+            live[_STATES] += sum(self.states_bytes(piece, schedule) for piece in chunk.slices)
+        others = training.gradient_accumulation_steps - 1
+        inputs = self.structure.num_inputs
+        live[_OTHER] += inputs * others * training.micro_batch_size * training.seq_len * _ID_BYTES
+        if others:
+            live[_GRADIENTS] += sum(self.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices)
+        return tuple(live)
+
+    def _step_seconds(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec) -> float:
+        """Seconds of all micro-batches of an update; the last one expands where the schedule asks for it."""
+        others = self.training.gradient_accumulation_steps - 1
+        plain = step
+        if others and schedule.expansion == "factored":
+            plain = self._step(chunk, expands=False)
+        return step.total_seconds + others * plain.total_seconds
+
+    def _in_backward(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> SliceUpdate:
+        """What the update of a slice adds to the moment at which its gradient is complete."""
+        summary = self._update(piece, schedule, update)["optimizer"]
+        net = list(summary.net)
+        net[_GRADIENTS] = 0
+        if update.leaves and not update.comes:
+            net[_STATES] -= self.states_bytes(piece, schedule)
+        return SliceUpdate(summary.peak, tuple(net))
+
+    def _update(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
+        folded = self._folded(self.update_trace(piece, schedule, update))
+        return {summary.phase: summary for summary in folded.summaries(NO_COPIES, ())}
+
+    def _all_figures(self, chunk: Chunk, schedule: ScheduleSpec, update: Update, *, rough: bool) -> list[_SliceFigures]:
+        """Of the chunk's slices; equal for slices of one size and width."""
+        kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
+        known = self._slices.setdefault((kept, update.comes, update.leaves, rough), {})
+        figures_of = self._rough_figures if rough else self._slice_figures
+        found = []
+        for piece in chunk.slices:
+            key = (piece.stop - piece.start, self._columns[piece.index])
+            figures = known.get(key)
+            if figures is None:
+                figures = known[key] = figures_of(piece, schedule, update)
+            found.append(figures)
+        return found
+
+    def _slice_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
+        phases = self._update(piece, schedule, update)
+        clip, rule = phases["clip"], phases["optimizer"]
+        return _SliceFigures(
+            clip_peak=sum(clip.peak),
+            clip_seconds=self._seconds(clip.work),
+            peak=sum(rule.peak),
+            net=sum(rule.net),
+            seconds=self._seconds(rule.work),
+            passage=self._passage(piece, schedule, update, self._seconds(rule.work)),
+            states_bytes=self.states_bytes(piece, schedule),
+        )
+
+    def _rough_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
+        """The same estimated from a few sizes that are traced; states by their layout.
+
+        Stands for the slice: one or two full blocks; below a block the next power of two, whose time is launches.
+        """
+        if self.training.optimizer is Optimizer.ADAFACTOR or self.training.update_in_backward:
+            return self._slice_figures(piece, schedule, update)
+        is_small = piece.numel < BLOCK_NUMEL
+        numel = (
+            1 << (piece.numel - 1).bit_length() if is_small else min(2, -(-piece.numel // BLOCK_NUMEL)) * BLOCK_NUMEL
+        )
+        typical = Slice(piece.index, 0, numel)
+        (traced,) = self._all_figures(Chunk(0, (typical,)), schedule, update, rough=False)
+        share = 1.0 if is_small else piece.numel / numel
+        states_bytes = self.states_bytes(piece, schedule)
+        stays = states_bytes - traced.states_bytes if update.comes and not update.leaves else 0
+        itemsize = self.training.trained_precision.itemsize
+        smaller = self.rounded(typical.numel * itemsize) - self.rounded(piece.numel * itemsize)
+        return _SliceFigures(
+            clip_peak=traced.clip_peak,
+            clip_seconds=traced.clip_seconds * share,
+            peak=traced.peak + max(stays, 0),
+            net=traced.net + stays + smaller,
+            seconds=traced.seconds * share,
+            passage=self._passage(piece, schedule, update, traced.seconds * share),
+            states_bytes=states_bytes,
+        )
+
+    def _passage(self, piece: Slice, schedule: ScheduleSpec, update: Update, seconds: float) -> Passage:
+        """A slice's update of so many seconds, with what its states' way to the device and back adds to it."""
+        if self.gpu.kind == "cpu":
+            return Passage(seconds, 0.0)  # copies are part of the traced work there
+        one_way = transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
+        num_blocks = len(StateLayout.of(self.training, schedule).blocks(piece.numel, self._num_columns(piece)))
+        bring, send = one_way * update.comes, one_way * update.leaves
+        return passage(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
+
+    def _passages_seconds(self, passages: Iterable[Passage], update: Update) -> float:
+        """Of slices one after another; where they share their buffers there is no pause between them."""
+        passages = list(passages)
+        edges = [each.edges for each in passages]
+        return sum(each.steady for each in passages) + (max(edges) if self._is_shared(update) else sum(edges))
+
+    def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
+        return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
+
+
+def place_name(place: int) -> str:
+    """``embedding``, ``head`` or ``layer 3``."""
+    return {EMBED: "embedding", HEAD: "head"}.get(place, f"layer {place}")
+
+
+def _phase_peaks(folded: FoldedStep, totals: Iterable[tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """Highest moment of each phase relative to the beginning of the step, and the step's change.
+
+    ``loss`` is the end of ``forward``: final norm, head and loss.
+    """
+    live, peaks = 0, dict[str, int]()
+    for segment, (highest, net) in zip(folded.segments, totals, strict=True):
+        if segment.phase != "end":
+            peaks[segment.phase] = max(peaks.get(segment.phase, 0), live + highest)
+        if segment.phase == "forward" and segment.place == HEAD:
+            peaks["loss"] = max(peaks.get("loss", 0), live + highest)
+        live += net
+    return peaks, live
+
+
+def _one_after_another(seconds: Iterable[float]) -> float:
+    """A sum that rounds as a clock that is moved on does; :func:`sum` may round less."""
+    total = 0.0
+    for each in seconds:
+        total += each
+    return total
+
+
+def _more(live: Bytes, category: int, size_bytes: int) -> Bytes:
+    return (*live[:category], live[category] + size_bytes, *live[category + 1 :])
+
+
+def segment_name(summary: SegmentSummary) -> str:
+    """The place of a segment, or ``layers 3-9`` in the order of time."""
+    if summary.num_copies == 1:
+        return place_name(summary.place)
+    last = summary.place + (summary.num_copies - 1) * (1 if summary.phase == "forward" else -1)
+    return f"layers {summary.place}-{last}"

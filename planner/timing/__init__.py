@@ -1,0 +1,1 @@
+"""Seconds from FLOPs, bytes and links."""

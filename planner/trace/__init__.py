@@ -1,0 +1,1 @@
+"""One step, watched on tensors without storage."""

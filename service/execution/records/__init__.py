@@ -1,0 +1,1 @@
+"""What attempts say, and what becomes of it."""
