@@ -5,6 +5,7 @@ COPY engine engine
 COPY planner planner
 COPY service service
 COPY migrations migrations
+COPY src src
 RUN python -m venv /opt/chunkplan \
  && /opt/chunkplan/bin/pip install --no-cache-dir --quiet --constraint constraints.txt .
 

@@ -1,7 +1,8 @@
 """What people ask first: the fastest schedule that fits, or what stands in the way, in bytes.
 
-Run: ``python -m benchmarks.answers [--json FILE]``. Every answer is an automatic plan, full-parameter ChunkFT in bf16,
-AdamW, one sequence of 1024 tokens. Needs no GPU; the first run traces every model, which takes minutes.
+Run: ``python -m benchmarks.answers [--json FILE]``. Every answer is an automatic plan, full-parameter ChunkFT
+in bf16, AdamW, one sequence of 1024 tokens. Needs no GPU; the first run traces every model, which takes
+minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from chunkplan.engine.spec import TrainingSpec
-from chunkplan.planner import PLANNER_VERSION, PlanRequest, plan
+from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.version import planner_version
 
 QUESTIONS = (
     ("llama-3-8b", "rtx-4090"),
@@ -73,7 +75,7 @@ def main() -> None:
         answers.append(answer(model, gpu, arguments.seq_len))
         print(row(answers[-1]), flush=True)
         if arguments.json is not None:
-            content = {"planner_version": PLANNER_VERSION, "answers": answers}
+            content = {"planner_version": planner_version(), "answers": answers}
             arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

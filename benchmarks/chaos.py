@@ -1,8 +1,9 @@
 """Is anything lost when it is killed? Short jobs while servers and trainers die at random moments.
 
-Run: ``python -m benchmarks.chaos --database sqlite|postgres --jobs 200 --kills 50 --seed 1``. A real server, real
-trainers of a tiny model, and users who submit, cancel, pause, resume and listen through every restart. What must hold
-in the end is in `benchmarks.chaos_checks`. An attempt takes about six seconds of one core, nearly all of them imports.
+Run: ``python -m benchmarks.chaos --database sqlite|postgres --jobs 200 --kills 50 --seed 1``. A real server,
+real trainers of a tiny model, and users who submit, cancel, pause, resume and listen through every restart.
+What must hold in the end is in `benchmarks.chaos_checks`. An attempt takes about six seconds of one core,
+nearly all of them imports.
 """
 
 from __future__ import annotations
@@ -257,7 +258,9 @@ class User(threading.Thread):
 
 
 class Listener(threading.Thread):
-    """Follows one job's stream through every restart, as browsers do: with the id of the last event it saw."""
+    """Follows one job's stream through every restart, as browsers do: with the id of the last
+    event it saw.
+    """
 
     def __init__(self, stage: Stage, tally: Tally, job_id: str) -> None:
         super().__init__(name=f"listener-{job_id}", daemon=True)
@@ -369,7 +372,9 @@ class Killer:
         return True
 
     def _moment(self, kind: str, users: list[User]) -> list[psutil.Process]:
-        """Any moment, or more often one while a trainer trains: most of its life it only imports. Its trainers."""
+        """Any moment, or more often one while a trainer trains: most of its life it only imports. Its
+        trainers.
+        """
         trains = self._random.random() < 0.6
         self._pause.wait(self._random.uniform(0, 6))
 
@@ -436,7 +441,8 @@ def chaos(
 ) -> dict[str, Any]:
     """The run and what it showed.
 
-    Users submit so many jobs, and more until every kill of the deck has happened; after so many minutes, no more.
+    Users submit so many jobs, and more until every kill of the deck has happened; after so many minutes, no
+    more.
     """
     begin = time.monotonic()
     stage, tally = Stage(folder, database_url), Tally()

@@ -1,4 +1,6 @@
-"""What must hold after `benchmarks.chaos`: of the database, of the trainers' own files, of what users were told."""
+"""What must hold after `benchmarks.chaos`: of the database, of the trainers' own files, of what users were
+told.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,9 @@ class _Job:
             yield f"a {self.events[-1].type} event comes after its end"
 
     def _attempt(self, attempt: AttemptRow) -> Iterator[str]:
-        """Every line of a trainer's file is one event, in order, with all it said; and there are no others."""
+        """Every line of a trainer's file is one event, in order, with all it said; and there are
+        no others.
+        """
         name = f"attempt {attempt.number}"
         if attempt.ended_at is None or attempt.reason is None:
             yield f"{name} has not ended"
@@ -185,7 +189,8 @@ class _Job:
     def _lineage(self) -> Iterator[str]:
         """The loss curve holds each step once, and every attempt began where an earlier one had been.
 
-        A trainer that is killed between saving a checkpoint and reporting it leaves one that is whole and resumed from.
+        A trainer that is killed between saving a checkpoint and reporting it leaves one that is whole and
+        resumed from.
         """
         steps = [row.step for row in self._metrics if row.kind == "train" and not row.superseded]
         self.counts["steps"] += len(steps)

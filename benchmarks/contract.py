@@ -1,4 +1,5 @@
-"""Does the service keep to its own description? Thousands of requests made up from it, with a key and without.
+"""Does the service keep to its own description? Thousands of requests made up from it, with a key and
+without.
 
 ``make contract`` runs it: a live server with one finished job, and schemathesis with every check.
 """
@@ -98,7 +99,9 @@ def _one_of_everything(server: LiveServer, data: Path) -> dict[str, str]:
 
 
 def _config(parameters: dict[str, str]) -> str:
-    """Two answers that no schema can tell: a catalog does not know a name, and a form's ``null`` is four letters."""
+    """Two answers that no schema can tell: a catalog does not know a name, and a form's ``null`` is four
+    letters.
+    """
     lines = ["[parameters]", *(f'"path.{name}" = "{value}"' for name, value in parameters.items())]
     accepted = ["2xx", "3xx", "401", "403", "404", "409", "422", "429"]
     lines += ["", "[checks]", f"max_response_time = {ANSWER_SECONDS}"]

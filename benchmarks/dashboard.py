@@ -1,8 +1,8 @@
 """How fast the dashboards answer over a full database: 10 000 jobs, 5 million samples. SQLite and Postgres.
 
-Run: ``python -m benchmarks.dashboard [--only sqlite|postgres] [--jobs N] [--samples N] [--output FILE]``. Needs the
-programs of Postgres and about 4 GB in the temporary folder, which are given back. Every answer is a request to the
-whole application, in this process; other load on the machine shows in the 95th percentile.
+Run: ``python -m benchmarks.dashboard [--only sqlite|postgres] [--jobs N] [--samples N] [--output FILE]``.
+Needs the programs of Postgres and about 4 GB in the temporary folder, which are given back. Every answer is a
+request to the whole application, in this process; other load on the machine shows in the 95th percentile.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sqlalchemy import Connection, insert, text, update
 from starlette.testclient import TestClient
 
 from chunkplan.service.app import create_app
-from chunkplan.service.profiles.percentiles import bucket_of
 from chunkplan.service.db import Database, upgrade
 from chunkplan.service.db.tables import (
     AttemptRow,
@@ -40,12 +39,13 @@ from chunkplan.service.db.tables import (
     ProfilePhaseRow,
     ProfileRow,
 )
-from chunkplan.service.kit.ids import new_id
 from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.kit.ids import new_id
 from chunkplan.service.operation.logs import configure_logging
 from chunkplan.service.operation.retention import Retention
 from chunkplan.service.plans.planning_process import PlannerProcess
+from chunkplan.service.profiles.percentiles import bucket_of
 from chunkplan.service.settings import Settings
 from tests.support.clock import FixedClock
 from tests.support.postgres import PostgresCluster

@@ -1,9 +1,9 @@
-"""Memory and time of reading a large data set: python -m benchmarks.data_memory [--gigabytes N] [--output FILE].
+"""Memory and time of reading a large data set: python -m benchmarks.data_memory [--gigabytes N] [--output
+FILE].
 
-Writes a JSONL file of generated rows, then, each in a process of its own, checks it row by row, and tokenizes, packs
-and batches it. Growth is the highest resident set that the operating system recorded, less what the process held
-before.
-The numbers of bytes are decimal: 1 GB is 10^9.
+Writes a JSONL file of generated rows, then, each in a process of its own, checks it row by row, and
+tokenizes, packs and batches it. Growth is the highest resident set that the operating system recorded, less
+what the process held before. The numbers of bytes are decimal: 1 GB is 10^9.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The engine beside dense AdamW, BAdam, GaLore and LoRA: python -m benchmarks.engine [--output FILE] [--rounds N].
+"""The engine beside dense AdamW, BAdam, GaLore and LoRA: python -m benchmarks.engine [--output FILE]
+[--rounds N].
 
-One model for all (134 M parameters, hidden 768, 12 layers, vocabulary 32000, fp32), 2 sequences of 512 tokens, full
-checkpointing and fused loss for all. Every method lives in a process of its own, one after the other; dense AdamW's
-lives throughout and does an update before every four of theirs, so that a noisy machine disturbs both alike: what is
-printed are ratios to the dense steps of the same run. Peaks come from the allocator's own record, FLOPs from torch's
-counter over the operations that really ran; beside them stand the formulas of docs/engine.md.
+One model for all (134 M parameters, hidden 768, 12 layers, vocabulary 32000, fp32), 2 sequences of 512
+tokens, full checkpointing and fused loss for all. Every method lives in a process of its own, one after the
+other; dense AdamW's lives throughout and does an update before every four of theirs, so that a noisy machine
+disturbs both alike: what is printed are ratios to the dense steps of the same run. Peaks come from the
+allocator's own record, FLOPs from torch's counter over the operations that really ran; beside them stand the
+formulas of docs/engine.md.
 """
 
 from __future__ import annotations
@@ -144,7 +146,9 @@ class Process:
 
 
 def theoretical_flops(method: Method) -> list[float] | None:
-    """FLOPs of every update of the method's cycle by the formulas of docs/engine.md; None where there is none."""
+    """FLOPs of every update of the method's cycle by the formulas of docs/engine.md; None where there is
+    none.
+    """
     if method.optimizer == "adamw":
         return [chunk_flops(1, 0)] * method.num_updates
     if method.optimizer != "chunkft" or "expansion" in method.options:
@@ -155,7 +159,9 @@ def theoretical_flops(method: Method) -> list[float] | None:
 
 
 def chunk_flops(num_chunks: int, index: int) -> float:
-    """One update with one chunk active: matrix products and attention, with full checkpointing and the fused loss."""
+    """One update with one chunk active: matrix products and attention, with full checkpointing and the fused
+    loss.
+    """
     from chunkplan.engine.stream.chunks import partition
 
     num_tokens, num_layers = SEQ_LEN * BATCH_SIZE, CONFIG["num_hidden_layers"]
@@ -197,7 +203,8 @@ _UPSTREAM = {
     "self_attn.o_proj": _QKV, "mlp.gate_proj": _BEFORE_MLP, "mlp.up_proj": _BEFORE_MLP,
     "mlp.down_proj": _BEFORE_MLP | {"mlp.gate_proj", "mlp.up_proj"},
 }  # fmt: skip
-"""Parameters of the lowest active layer for whose sake the gradient must pass through each of its operations."""
+"""Parameters of the lowest active layer for whose sake the gradient must pass through each of its operations.
+"""
 
 
 def _parameters() -> Any:

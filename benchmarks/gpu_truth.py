@@ -1,15 +1,18 @@
-"""A real GPU against its plans: python -m benchmarks.gpu_truth [--device cuda:0] [--minutes 9] [--output FILE].
+"""A real GPU against its plans: python -m benchmarks.gpu_truth [--device cuda:0] [--minutes 9] [--output
+FILE].
 
-Measures what the planner's tables state (context, what the driver keeps, cuBLAS workspaces, flash attention's scratch,
-rates of products and copies), then trains random models of a grid through the engine for one cycle and compares
-allocated, reserved and device memory and the time of an update with the plan; then replays a recorded memory history
-through the allocator's simulator; then trains under a hard limit at the planned bound, which must never fail.
+Measures what the planner's tables state (context, what the driver keeps, cuBLAS workspaces, flash attention's
+scratch, rates of products and copies), then trains random models of a grid through the engine for one cycle
+and compares allocated, reserved and device memory and the time of an update with the plan; then replays a
+recorded memory history through the allocator's simulator; then trains under a hard limit at the planned
+bound, which must never fail.
 
-It can be stopped at any time: what is in the output file is not measured again unless the planner's code has changed,
-and ``--minutes`` ends it between two cases. Needs torch, transformers and pydantic, neither a service nor a database.
-Where a GPU machine lacks pydantic, carry it: ``pip install --target wheels pydantic`` on a machine with the same
-Python, and ``PYTHONPATH=wheels`` there. ``--device cpu`` runs the grid's first cases on the processor, to its end, and
-says what it could not check. ``--fit FILE`` writes the runs as a calibration (chunkplan.planner.calibration.margins).
+It can be stopped at any time: what is in the output file is not measured again unless the planner's code has
+changed, and ``--minutes`` ends it between two cases. Needs torch, transformers and pydantic, neither a
+service nor a database. Where a GPU machine lacks pydantic, carry it: ``pip install --target wheels pydantic``
+on a machine with the same Python, and ``PYTHONPATH=wheels`` there. ``--device cpu`` runs the grid's first
+cases on the processor, to its end, and says what it could not check. ``--fit FILE`` writes the runs as a
+calibration (chunkplan.planner.calibration.margins).
 """
 
 from __future__ import annotations
@@ -34,12 +37,12 @@ from chunkplan.engine.record.profiler import CudaProfiler
 from chunkplan.engine.spec import TrainingSpec
 from chunkplan.planner import Plan, PlanRequest, plan
 from chunkplan.planner.allocator.caching import CachingAllocator
-from chunkplan.planner.trace.store import code_digest
 from chunkplan.planner.calibration.margins import Calibration, Observation, device_key, write_calibration
+from chunkplan.planner.calibration.residuals import STEP, residuals
 from chunkplan.planner.catalog import detect_gpu, find_gpu, find_model
 from chunkplan.planner.catalog.overheads import attention_backward_scratch_bytes, overheads
-from chunkplan.planner.calibration.residuals import STEP, residuals
 from chunkplan.planner.spec import GpuSpec
+from chunkplan.planner.version import code_digest
 
 RESULTS = Path(__file__).parent / "results" / "gpu_truth.json"
 MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2-medium", "pythia-410m", "gemma-2-2b")
@@ -72,7 +75,8 @@ class Case:
 
 
 def grid(models: tuple[str, ...]) -> Iterator[Case]:
-    """Families by number of chunks, batch, length and checkpointing; every run visits all positions of its chunks.
+    """Families by number of chunks, batch, length and checkpointing; every run visits all positions of its
+    chunks.
 
     The cases that differ most come first, so that a short time sees something of everything.
     """
@@ -231,7 +235,9 @@ def run_on_gpu(case: Case, gpu: GpuSpec, device: torch.device) -> dict[str, Any]
 
 
 class _HighestReserved:
-    """The highest reserved bytes of a block of code, whatever the profiler resets within: nothing is given back."""
+    """The highest reserved bytes of a block of code, whatever the profiler resets within: nothing is given
+    back.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -267,7 +273,9 @@ def replay(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def simulate(events: list[dict[str, Any]]) -> tuple[int, int, int]:
-    """Peaks of reserved bytes of a memory history: by the simulator, and as recorded; and frees of unknown blocks."""
+    """Peaks of reserved bytes of a memory history: by the simulator, and as recorded; and frees of unknown
+    blocks.
+    """
     allocator = CachingAllocator()
     blocks: dict[int, int] = {}
     streams: dict[int, int] = {}

@@ -2,13 +2,15 @@
 
 A real server process on SQLite (or the given Postgres database), a client beside it on the same machine:
 
-- submit: 1 000 jobs, eight at a time. The device is busy: its trainer is suspended, so that it takes no processor time.
-- reads: 50 clients for a minute, each of which asks, reads the answer and asks again half a second later: lists, jobs,
-  events, metrics, profiles, dashboards, and one in ten times a plan, one in ten of which nobody has made before. Then
-  twice as often, and without pauses, which says how much the server can take.
+- submit: 1 000 jobs, eight at a time. The device is busy: its trainer is suspended, so that it takes no
+    processor time.
+- reads: 50 clients for a minute, each of which asks, reads the answer and asks again half a second later:
+    lists, jobs, events, metrics, profiles, dashboards, and one in ten times a plan, one in ten of which
+    nobody has made before. Then twice as often, and without pauses, which says how much the server can take.
 - streams: 100 event streams of one job that trains: every event once, in order.
-- training: what the service costs the trainer that it follows. The server is suspended and woken in turn every few
-  seconds of one run, a viewer streams its events and asks for the summary; seconds of a step are compared per chunk.
+- training: what the service costs the trainer that it follows. The server is suspended and woken in turn
+    every few seconds of one run, a viewer streams its events and asks for the summary; seconds of a step are
+    compared per chunk.
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ def submit(live: LiveServer, folder: Path) -> Figures:
 
 
 def reads(live: LiveServer, done: dict[str, Any], seconds: float, pause_seconds: float) -> Figures:
-    """Requests of 50 clients: how many, how long the reads and the plans took, and how many were not answered well."""
+    """Requests of 50 clients: how many, how long the reads and the plans took, and how many were not answered
+    well.
+    """
     mine = f"/v1/jobs/{done['id']}"
     paths = ["/v1/jobs", "/v1/jobs?state=queued&limit=50", mine]
     paths += [f"{mine}/{part}" for part in ("attempts", "events", "metrics")]
@@ -174,7 +178,9 @@ def reads(live: LiveServer, done: dict[str, Any], seconds: float, pause_seconds:
 
 
 def streams(live: LiveServer, job_id: str, trainer: Any) -> Figures:
-    """100 streams from a job's first event to its last; how many did not show every event once and in order."""
+    """100 streams from a job's first event to its last; how many did not show every event once
+    and in order.
+    """
     received: list[list[int]] = [[] for _ in range(NUM_STREAMS)]
     opened = 0
 
@@ -198,7 +204,9 @@ def streams(live: LiveServer, job_id: str, trainer: Any) -> Figures:
 
 
 def training(live: LiveServer, folder: Path) -> Figures:
-    """How much longer a step takes while the server follows its trainer than while it is suspended, in percent."""
+    """How much longer a step takes while the server follows its trainer than while it is suspended, in
+    percent.
+    """
     options = {"seq_len": 256, "micro_batch_size": 8, "max_steps": 100_000, "checkpoint_every": 100_000}
     job_id = live.post("/v1/jobs", job(folder, **options))["id"]
     live.wait_for_events(job_id, "step", 20)

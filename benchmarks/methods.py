@@ -1,7 +1,7 @@
 """The methods that chunkplan is compared with, each as a function that does one update of a model.
 
-All share the engine's forward and backward pass (fused loss, checkpointing as asked), so that what differs is the
-method. BAdam and GaLore are their authors' packages, unchanged.
+All share the engine's forward and backward pass (fused loss, checkpointing as asked), so that what differs is
+the method. BAdam and GaLore are their authors' packages, unchanged.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def lora(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def badam(model: nn.Module) -> Any:
-    """BAdam 1.4: a block per layer, embedding and head are blocks too; every update another block, at random."""
+    """BAdam 1.4: a block per layer, embedding and head are blocks too; every update another
+    block, at random.
+    """
     from badam import BlockOptimizer
 
     with warnings.catch_warnings():
@@ -98,7 +100,9 @@ def badam(model: nn.Module) -> Any:
 
 
 def galore(model: nn.Module) -> Any:
-    """GaLore 1.0: AdamW on gradients of the layers' matrices projected to rank 128, a new projection every 200."""
+    """GaLore 1.0: AdamW on gradients of the layers' matrices projected to rank 128, a new projection every
+    200.
+    """
     from galore_torch import GaLoreAdamW
 
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]

@@ -1,7 +1,9 @@
-"""What other estimators say of a dense fine-tuning run: accelerate, canifinetune, ftuneai, and the raw formula.
+"""What other estimators say of a dense fine-tuning run: accelerate, canifinetune, ftuneai, and the raw
+formula.
 
-All are asked for the same model (from its config, offline), batch, length and checkpointing. ``pip install canifinetune
-ftuneai accelerate`` brings them (pure Python; none needs CUDA). A peer that cannot do a case says why.
+All are asked for the same model (from its config, offline), batch, length and checkpointing. ``pip install
+canifinetune ftuneai accelerate`` brings them (pure Python; none needs CUDA). A peer that cannot do a case
+says why.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Real training runs on the CPU against their plans: python -m benchmarks.planner_accuracy [--output FILE].
 
-Every case trains a randomly initialised model through the engine for one cycle, reads the allocator's own record
-(torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same request. What a
-job's process takes as a whole is benchmarks/trainer_process.py.
+Every case trains a randomly initialised model through the engine for one cycle, reads the allocator's own
+record (torch.profiler memory events) of every chunk and phase, and compares it with the plan of the same
+request. What a job's process takes as a whole is benchmarks/trainer_process.py.
 
-What is in the output file is not run again, unless planner, engine or this file have changed: it can be stopped at
-any time, and ``--minutes`` ends it between two cases.
+What is in the output file is not run again, unless planner, engine or this file have changed: it can be
+stopped at any time, and ``--minutes`` ends it between two cases.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from benchmarks.peers import PEERS, peers_say
 from chunkplan.engine import ChunkFT
 from chunkplan.engine.model.adapters import add_adapters
 from chunkplan.engine.model.loading import DTYPES, attention_for
+from chunkplan.engine.model.tasks import Task, task_of, task_of_config
 from chunkplan.engine.record.profiler import CpuProfiler
 from chunkplan.engine.spec import TrainingSpec
-from chunkplan.engine.model.tasks import Task, task_of, task_of_config
-from chunkplan.planner import PLANNER_VERSION, Plan, PlanRequest, plan
-from chunkplan.planner.trace.store import code_digest
+from chunkplan.planner import Plan, PlanRequest, plan
 from chunkplan.planner.calibration.residuals import STEP, Residual, residuals
+from chunkplan.planner.version import code_digest, planner_version
 
 RESULTS = Path(__file__).parent / "results" / "planner_accuracy.json"
 
@@ -139,7 +139,9 @@ def case(model: str, num_chunks: int = 6, switch_every: int = 1, states: str = "
 
 
 def grid() -> Iterator[Case]:
-    """All cases: every family in both precisions with and without checkpointing, then one knob after the other."""
+    """All cases: every family in both precisions with and without checkpointing, then one knob after the
+    other.
+    """
     for model in FAMILIES:
         for precision in ("fp32", "bf16"):
             for checkpointing in ("full", "none"):
@@ -331,7 +333,7 @@ def summary(found: list[Residual]) -> dict[str, Any]:
 def versions() -> dict[str, Any]:
     """What the figures depend on besides the code."""
     return {
-        "planner": PLANNER_VERSION,
+        "planner": planner_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

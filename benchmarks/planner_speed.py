@@ -1,8 +1,9 @@
-"""How fast the planner is on this machine, beside what is asked of it. Run: ``python -m benchmarks.planner_speed``.
+"""How fast the planner is on this machine, beside what is asked of it. Run: ``python -m
+benchmarks.planner_speed``.
 
-Each process that is measured is a new one: a planner with nothing traced, a command, a real server with a client that
-keeps many requests under way. Every figure is measured ``--repeats`` times; results are medians. Where other programs
-take part of the machine, seconds of CPU time say more than seconds.
+Each process that is measured is a new one: a planner with nothing traced, a command, a real server with a
+client that keeps many requests under way. Every figure is measured ``--repeats`` times; results are medians.
+Where other programs take part of the machine, seconds of CPU time say more than seconds.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ print(*first, again, len(candidates(planner, choose(planner))))
 
 
 def training_like_events(num_events: int, num_live: int, seed: int = 0) -> list[Event]:
-    """Allocations and frees in the mixture of sizes and lifetimes of a training step; half of the frees are last-in."""
+    """Allocations and frees in the mixture of sizes and lifetimes of a training step; half of the frees are
+    last-in.
+    """
     generator = random.Random(seed)
     events: list[Event] = []
     live: list[int] = []
@@ -144,12 +147,16 @@ def cold_plan(folder: Path) -> dict[str, float]:
 
 
 def further_schedule(folder: Path) -> dict[str, float]:
-    """Another schedule of Llama-3-8B whose blocks were traced in the same process: footprints, replay, everything."""
+    """Another schedule of Llama-3-8B whose blocks were traced in the same process: footprints, replay,
+    everything.
+    """
     return {"further_schedule_seconds": float(_python(["-c", _FURTHER], folder))}
 
 
 def automatic(folder: Path) -> dict[str, float]:
-    """A whole plan of Llama-3-8B with ``schedule: auto``: nothing traced; in a new process; again in the same one."""
+    """A whole plan of Llama-3-8B with ``schedule: auto``: nothing traced; in a new process; again in the same
+    one.
+    """
     cold, cold_cpu, _, _ = map(float, _python(["-c", _AUTO], folder).split())
     wall, cpu, again, num_candidates = map(float, _python(["-c", _AUTO], folder).split())
     return {
@@ -175,7 +182,9 @@ def command(folder: Path) -> dict[str, float]:
 
 
 def server(folder: Path) -> dict[str, float]:
-    """A real server: plans of several models, devices and schedules, made once; then all again, concurrently."""
+    """A real server: plans of several models, devices and schedules, made once; then all again,
+    concurrently.
+    """
     bodies = [
         json.dumps({"model": model, "gpu": gpu, "training": {"schedule": {"num_chunks": num_chunks}}}).encode()
         for model in MODELS
@@ -233,7 +242,9 @@ def _server(folder: Path) -> Iterator[tuple[int, int]]:
     own = {"PORT": str(port), "DATA_DIR": str(folder / "var"), "CACHE_DIR": str(folder / "traces")}
     environment = os.environ | {f"CHUNKPLAN_{name}": value for name, value in own.items()}
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "chunkplan.service.serve"], env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "chunkplan.service.serve"], env=environment, stdout=log, stderr=log
+        )
         try:
             while True:
                 try:

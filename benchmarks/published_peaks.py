@@ -1,12 +1,13 @@
-"""Peaks measured on GPUs by others, beside ours: python -m benchmarks.published_peaks [--csv FILE] [--output FILE].
+"""Peaks measured on GPUs by others, beside ours: python -m benchmarks.published_peaks [--csv FILE] [--output
+FILE].
 
-A row can be planned when chunkplan has its method and optimizer, and its model, batch and length are stated. What a row
-leaves open but its trainer's public code and settings say is taken from there (STATED); what nobody says is assumed and
-named. Rows of which nothing had to be assumed are complete.
+A row can be planned when chunkplan has its method and optimizer, and its model, batch and length are stated.
+What a row leaves open but its trainer's public code and settings say is taken from there (STATED); what
+nobody says is assumed and named. Rows of which nothing had to be assumed are complete.
 
-Plans are of chunkplan's own step. Where the row's trainer is known to hold more, the bytes follow from its code and the
-row's shapes, are named, and give a second figure, "as run". Nothing is fitted to a row. Beside ours stand the peers'
-estimates (benchmarks/peers.py).
+Plans are of chunkplan's own step. Where the row's trainer is known to hold more, the bytes follow from its
+code and the row's shapes, are named, and give a second figure, "as run". Nothing is fitted to a row. Beside
+ours stand the peers' estimates (benchmarks/peers.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import PEERS, peers_say
-from chunkplan.planner import PLANNER_VERSION, Plan, PlanRequest, plan, timeline
+from chunkplan.planner import Plan, PlanRequest, plan, timeline
 from chunkplan.planner.catalog import find_model
+from chunkplan.planner.version import planner_version
 
 HERE = Path(__file__).parent
 GIB = 2**30
@@ -30,15 +32,18 @@ MODELS = {"llama-7b": "llama-2-7b"}
 """Same shapes under another name."""
 BLOCKS = "block, switch every 50"
 EAGER = ("LOMO paper",)
-"""Sources from before transformers had fused attention for Llama (4.36): their runs built the attention matrix."""
+"""Sources from before transformers had fused attention for Llama (4.36): their runs built the attention
+matrix."""
 STATED: dict[str, dict[str, Any]] = {
-    # litgpt: finetune/full.py checkpoints activations on several devices only; the row's config has batches of 32 in
-    # micro-batches of 4 and one device; the figure is torch.cuda.max_memory_allocated in 10**9 bytes.
+    # litgpt: finetune/full.py checkpoints activations on several devices only; the row's config has batches
+    # of 32 in micro-batches of 4 and one device; the figure is torch.cuda.max_memory_allocated in 10**9
+    # bytes.
     "P18": {"activation_checkpointing": "none", "gradient_accumulation_steps": 8},
 }
 """What the code and settings behind a row say, which its table does not."""
 LARGEST_BLOCK_SHARE = {"P13": 10}
-"""One in so many parameters is in the row's largest block (receipt d_3b_block_k50: 311 of 3086 M, the embedding)."""
+"""One in so many parameters is in the row's largest block (receipt d_3b_block_k50: 311 of 3086 M, the
+embedding)."""
 BLOCK_ASSUMPTION = "chunks of the size of the row's largest block"
 LENGTH_LIMIT = {"P13": "batches as long as the limit assumed", "P14": "batches as long as the limit assumed"}
 """Their batches are as long as the longest row, and 512 is a limit (the first batch was [4, 259])."""
@@ -117,12 +122,13 @@ def as_run(row: dict[str, str], request: PlanRequest, answer: Plan) -> tuple[int
 
 
 def _lomo_bytes(request: PlanRequest, answer: Plan) -> tuple[int, list[str]]:
-    """Gradients throughout, and the tensors that transformers 4.28 to 4.30 kept of a Llama layer and today's does not.
+    """Gradients throughout, and the tensors that transformers 4.28 to 4.30 kept of a Llama layer and today's
+    does not.
 
-    Both totals of the table hold 16 bytes per parameter: weights, gradients and states at once. torch before 2.0 zeroes
-    gradients rather than freeing them. The masked attention weights went through ``torch.max`` with the type's least
-    value, which keeps its input for backward, and norms multiplied their 16-bit input, which is kept beside its fp32
-    copy; both for every layer whose activations are live.
+    Both totals of the table hold 16 bytes per parameter: weights, gradients and states at once. torch before
+    2.0 zeroes gradients rather than freeing them. The masked attention weights went through ``torch.max``
+    with the type's least value, which keeps its input for backward, and norms multiplied their 16-bit input,
+    which is kept beside its fp32 copy; both for every layer whose activations are live.
     """
     training, config = request.training, find_model(request.model).config
     gradients = answer.model.parameter_bytes
@@ -137,7 +143,8 @@ def _lomo_bytes(request: PlanRequest, answer: Plan) -> tuple[int, list[str]]:
 
 
 def _whole_tensor_adafactor_bytes(request: PlanRequest, answer: Plan) -> tuple[int, list[str]]:
-    """The Adafactor of transformers updates tensor by tensor, with four fp32 tensors of its size; ours goes by blocks.
+    """The Adafactor of transformers updates tensor by tensor, with four fp32 tensors of its size; ours goes
+    by blocks.
 
     They are the gradient, the weights, the update, and the update's negative, while all gradients are there.
     """
@@ -193,7 +200,9 @@ def print_peers(rows: list[dict[str, Any]]) -> None:
 
 
 def chunkft_peak() -> dict[str, Any]:
-    """Llama-2-7B, 1024 tokens, bf16, checkpointing, fused loss, over K, beside the published 13.72 and the floor."""
+    """Llama-2-7B, 1024 tokens, bf16, checkpointing, fused loss, over K, beside the published 13.72 and the
+    floor.
+    """
     peaks = {}
     for num_chunks in (8, 16, 32, 64, 128):
         training = {"seq_len": 1024, "micro_batch_size": 1, "schedule": {"num_chunks": num_chunks}}
@@ -236,7 +245,7 @@ def main() -> None:
     chunkft = chunkft_peak()
     print_chunkft(chunkft)
     command = " ".join(["python -m benchmarks.published_peaks", *sys.argv[1:]])
-    content = {"command": command, "planner": PLANNER_VERSION, "rows": rows, "llama-2-7b": chunkft}
+    content = {"command": command, "planner": planner_version(), "rows": rows, "llama-2-7b": chunkft}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 

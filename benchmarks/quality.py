@@ -1,11 +1,13 @@
-"""Held-out loss against tokens and against processor time, of every method: python -m benchmarks.quality [--table].
+"""Held-out loss against tokens and against processor time, of every method: python -m benchmarks.quality
+[--table].
 
-SmolLM2-135M, fp32, on two real text sets: short chats whose answers are trained (soc_codes), and plain prose of which
-everything is trained (the Brown corpus). Each setting is a process of its own on one thread, so that processor seconds
-compare on a busy machine; all see the same batches in the same order, the same fused loss, clipping at 1.0 (but in
-backward, and where ``max_grad_norm`` says otherwise) and a rate that falls linearly to the end: by update, for chunks
-by cycle unless ``decay`` says otherwise. A setting that is in the result file already is not run again: the whole
-table takes hours and can be made in parts. Peaks are the allocator's own record.
+SmolLM2-135M, fp32, on two real text sets: short chats whose answers are trained (soc_codes), and plain prose
+of which everything is trained (the Brown corpus). Each setting is a process of its own on one thread, so that
+processor seconds compare on a busy machine; all see the same batches in the same order, the same fused loss,
+clipping at 1.0 (but in backward, and where ``max_grad_norm`` says otherwise) and a rate that falls linearly
+to the end: by update, for chunks by cycle unless ``decay`` says otherwise. A setting that is in the result
+file already is not run again: the whole table takes hours and can be made in parts. Peaks are the allocator's
+own record.
 
 Needs npm (for the Brown corpus) and the packages of `make bench`.
 """
@@ -73,7 +75,9 @@ def free(rate: float, num_updates: int, seed: int = SEED, **options: Any) -> Set
 
 
 def equal_time(seed: int) -> list[Setting]:
-    """Updates of 16 chunks (2.98 s on a quiet machine, mean of a cycle) and of LoRA (2.77 s) in the same time."""
+    """Updates of 16 chunks (2.98 s on a quiet machine, mean of a cycle) and of LoRA (2.77 s) in the same
+    time.
+    """
     return [free(2e-4, 55, seed), Setting("lora", 3e-3, num_updates=59, seed=seed)]
 
 
@@ -226,7 +230,9 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
 
 
 def _method(model: Any, setting: Setting, observer: Any) -> Update:
-    """The setting's update, with a rate that falls linearly: by cycle for chunks, by update for the others."""
+    """The setting's update, with a rate that falls linearly: by cycle for chunks, by update for
+    the others.
+    """
     from benchmarks.methods import OPTIMIZERS, chunkft, linear_decay, usual_loop
     from chunkplan.engine.training.step import StepOptions
 
@@ -296,7 +302,9 @@ def _keep(row: dict[str, Any]) -> None:
 
 
 def loss_at(row: dict[str, Any], seconds: float) -> float:
-    """Held-out loss after ``seconds`` of processor time, interpolated; infinite before it was evaluated first."""
+    """Held-out loss after ``seconds`` of processor time, interpolated; infinite before it was evaluated
+    first.
+    """
     points = [(point[2], point[3]) for point in row["curve"]]
     for (before, high), (after, low) in pairwise(points):
         if before <= seconds <= after:
@@ -305,7 +313,9 @@ def loss_at(row: dict[str, Any], seconds: float) -> float:
 
 
 def print_table() -> None:
-    """Per set: every setting by its final loss; beside it the loss at the time when the fastest one had finished."""
+    """Per set: every setting by its final loss; beside it the loss at the time when the fastest one had
+    finished.
+    """
     for name in sorted({row["text"] for row in read_rows()}):
         rows = [row for row in read_rows() if row["text"] == name]
         dense = [row for row in rows if row["method"] == "adamw"]

@@ -1,13 +1,14 @@
 """Real trainer processes against their bounds: python -m benchmarks.trainer_process [--output FILE] [--fit].
 
-Every case is a job as a service runs it: ``python -m chunkplan.engine.worker`` on a random model with a tokenizer as large as its
-vocabulary, with evaluations and a checkpoint, for two cycles (from the second on all states exist). Its highest
-resident memory is compared with the plan's ``device_bytes`` and ``upper_bytes``.
+Every case is a job as a service runs it: ``python -m chunkplan.engine.worker`` on a random model with a
+tokenizer as large as its vocabulary, with evaluations and a checkpoint, for two cycles (from the second on
+all states exist). Its highest resident memory is compared with the plan's ``device_bytes`` and
+``upper_bytes``.
 
-Cases fall into two halves by the digest of their names. A bound that is fitted to one half is judged on the other, and
-the other way round. ``--fit`` writes half A as the planner's own calibration of the CPU: that half B is then out of
-sample. Processes that were measured with the same engine are not run again, so that plans can change without them;
-``--minutes`` ends the work between two cases.
+Cases fall into two halves by the digest of their names. A bound that is fitted to one half is judged on the
+other, and the other way round. ``--fit`` writes half A as the planner's own calibration of the CPU: that half
+B is then out of sample. Processes that were measured with the same engine are not run again, so that plans
+can change without them; ``--minutes`` ends the work between two cases.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from benchmarks.planner_accuracy import CONFIGS, Case, build, case, grid, llama_like, versions
-from chunkplan.engine.stream.schedule import Schedule
-from chunkplan.engine.spec import TrainingSpec
 from chunkplan.engine.model.tasks import Task, task_of_config
+from chunkplan.engine.spec import TrainingSpec
+from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner import Plan, PlanRequest, plan
 from chunkplan.planner.calibration.margins import BUILT_IN, Calibration, Margin, Observation, fit, write_calibration
 from chunkplan.planner.catalog import find_gpu
@@ -84,7 +85,9 @@ LARGER: dict[str, dict[str, Any]] = {
 
 
 def cases() -> list[Case]:
-    """What is run: a share of the accuracy benchmark's grid, by the digests of its names, and larger models."""
+    """What is run: a share of the accuracy benchmark's grid, by the digests of its names, and
+    larger models.
+    """
     small = [item for item in grid() if _is_runnable(item) and _digest(item.name) % GRID_SHARE == 0]
     return [*small, *_larger_cases()]
 
@@ -135,7 +138,8 @@ def half_of(name: str) -> str:
 
 @cache
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """As many entries as the model's vocabulary has, as published tokenizers do; every small letter is a token.
+    """As many entries as the model's vocabulary has, as published tokenizers do; every small letter is a
+    token.
 
     Byte-level BPE, since some families' tokenizers are read as that whatever their file says.
     """
@@ -267,7 +271,9 @@ def observations(rows: list[dict[str, Any]]) -> list[Observation]:
 
 
 def judged(rows: list[dict[str, Any]], bounds: list[int], runtime_bytes: int) -> dict[str, Any]:
-    """How far bounds are above what was measured: of the whole process, and of what a run adds to its libraries."""
+    """How far bounds are above what was measured: of the whole process, and of what a run adds to its
+    libraries.
+    """
     pairs = [(row["process_bytes"], bound) for row, bound in zip(rows, bounds, strict=True) if not row["growth_bytes"]]
     above = [bound / process - 1 for process, bound in pairs]
     of_run = [(bound - process) / (process - runtime_bytes) for process, bound in pairs]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.errors import InputError
+from chunkplan.engine.stream.chunks import Chunk
 
 if TYPE_CHECKING:
     from chunkplan.engine.gradients.activation import ActiveSlice, activate

@@ -1,6 +1,7 @@
 """The one exception for bad input: it names the field and the fix.
 
-Every front end renders it: the CLI as one line, the HTTP service as problem+json, a library user as an exception.
+Every front end renders it: the CLI as one line, the HTTP service as problem+json, a library user as an
+exception.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs one training attempt, as ``python -m chunkplan.engine.worker --run-dir RUN --attempt N``.
 
-docs/architecture.md describes the protocol: RUN/job.json in, RUN/attempts/N/events.jsonl out, exit codes, signals.
+docs/architecture.md describes the protocol: RUN/job.json in, RUN/attempts/N/events.jsonl out, exit codes,
+signals.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from chunkplan.engine.process.device_lock import Share, lock_device
 from chunkplan.engine.errors import InputError
+from chunkplan.engine.process.device_lock import Share, lock_device
 from chunkplan.engine.process.steady_heap import run_with_steady_heap
 from chunkplan.engine.spec import RunSpec, parse
 
@@ -43,10 +44,11 @@ class EventFile:
 
 
 class StopRequest:
-    """Asks the run to checkpoint and stop: the first SIGTERM, or the death of the parent. A second SIGTERM stops now.
+    """Asks the run to checkpoint and stop: the first SIGTERM, or the death of the parent. A second SIGTERM
+    stops now.
 
-    The parent's death is told by SIGHUP, as often as the kernel likes: it sends one for every thread of the parent
-    that dies before the last one, so it must never count as somebody's second wish.
+    The parent's death is told by SIGHUP, as often as the kernel likes: it sends one for every thread of the
+    parent that dies before the last one, so it must never count as somebody's second wish.
     """
 
     def __init__(self) -> None:
@@ -69,7 +71,9 @@ class StopRequest:
 
 
 def stop_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGHUP when process ``parent`` dies (Linux), and make sure that it had not died before."""
+    """Ask the kernel for SIGHUP when process ``parent`` dies (Linux), and make sure that it had not died
+    before.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:
@@ -152,7 +156,8 @@ def main() -> int:
     parser.add_argument("--wait", action="store_true", help="begin when a line comes on standard input; or leave")
     parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="process that must outlive the attempt")
     arguments = parser.parse_args()
-    # Threads that wait sleep instead of spinning: beside one busy process, spinning made an update five times slower.
+    # Threads that wait sleep instead of spinning: beside one busy process, spinning made an update five times
+    # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stop = StopRequest()
     stop_with_parent(arguments.parent_pid)
@@ -171,6 +176,11 @@ def main() -> int:
     return run_attempt(arguments.run_dir, report, stop)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run as a process of its own, and end it."""
     run_with_steady_heap()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    start()

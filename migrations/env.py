@@ -1,4 +1,6 @@
-"""Alembic's entry point: a given connection (from `chunkplan.service.db.upgrade`), or the configured database."""
+"""Alembic's entry point: a given connection (from `chunkplan.service.db.upgrade`), or the configured
+database.
+"""
 
 from alembic import context
 from sqlalchemy import Connection

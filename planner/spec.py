@@ -33,7 +33,8 @@ class GpuSpec(SpecModel):
     link_bandwidth: Rate = 1.6e10
     """Host to device, bytes per second, one direction, achievable."""
     context_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
-    """CUDA context and loaded libraries; None takes the planner's table (chunkplan.planner.catalog.overheads), here and below."""
+    """CUDA context and loaded libraries; None takes the planner's table
+    (chunkplan.planner.catalog.overheads), here and below."""
     workspace_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """One matrix-multiplication workspace of cuBLAS."""
     driver_reserved_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
@@ -164,7 +165,8 @@ class Alternative(Result):
     """Another schedule with its figures and one sentence why it is named."""
 
     role: Literal["chosen", "pareto", "nearest", "smallest"] = "nearest"
-    """``nearest`` that fits; ``smallest`` where none does; of a front: ``chosen``, and ``pareto`` for all others."""
+    """``nearest`` that fits; ``smallest`` where none does; of a front: ``chosen``, and ``pareto`` for all
+    others."""
     schedule: ScheduleSpec
     training: TrainingSpec
     peak: Peak
@@ -177,8 +179,8 @@ class PhasePeak(Result):
     """The highest moment of one phase over the whole run. Bytes."""
 
     phase: str
-    """load; forward, loss (the end of forward), backward and optimizer of a step; switch (between two chunks);
-    evaluation; checkpoint; export."""
+    """load; forward, loss (the end of forward), backward and optimizer of a step; switch (between two
+    chunks); evaluation; checkpoint; export."""
     allocated_bytes: int
     """On the device."""
     host_bytes: int | None
@@ -188,13 +190,15 @@ class PhasePeak(Result):
 
 
 class RunTime(Result):
-    """How long, how much energy, how much money: of training steps alone, without loading, evaluations and writing."""
+    """How long, how much energy, how much money: of training steps alone, without loading, evaluations and
+    writing.
+    """
 
     cycle_seconds: float
     """Until every chunk was visited once."""
     dense_step_seconds: float | None
-    """Of dense fine-tuning: the same update of all parameters, their states on the device, whether it fits or not.
-    None with adapters."""
+    """Of dense fine-tuning: the same update of all parameters, their states on the device, whether it fits or
+    not. None with adapters."""
     num_updates: int | None = None
     """Of the run; like what follows None unless the request says how long it is."""
     epoch_seconds: float | None = None
@@ -232,7 +236,8 @@ class Plan(Result):
     alternatives: list[Alternative]
     """When it does not fit: what does, or the smallest there is."""
     pareto: list[Alternative] = []
-    """Of ``schedule: auto``: the chosen one first, then schedules that are faster, smaller, or easier on the host."""
+    """Of ``schedule: auto``: the chosen one first, then schedules that are faster, smaller, or easier on the
+    host."""
     warnings: list[str]
 
     @property

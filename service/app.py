@@ -15,16 +15,16 @@ from fastapi.security import HTTPBearer
 from chunkplan.service import errors
 from chunkplan.service.access.gate import Gate
 from chunkplan.service.catalog import endpoints as catalog
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.dashboard import endpoints as dashboard
 from chunkplan.service.db import upgrade
 from chunkplan.service.errors import ProblemView
 from chunkplan.service.files import endpoints as files
 from chunkplan.service.fine_tuning import endpoints as fine_tuning
-from chunkplan.service.jobs import endpoints as jobs
-from chunkplan.service.jobs import stream
 from chunkplan.service.http.middleware import BodyLimit, RequestContext
 from chunkplan.service.http.openapi import describe
+from chunkplan.service.jobs import endpoints as jobs
+from chunkplan.service.jobs import stream
+from chunkplan.service.kit.clock import Clock
 from chunkplan.service.operation import endpoints as operation
 from chunkplan.service.plans import endpoints as plans
 from chunkplan.service.plans.planning_process import Planner

@@ -107,7 +107,9 @@ class NotFound(Problem):
 
 
 class Conflict(Problem):
-    """The request contradicts the present state; clients that repeat every 409 are told that it is of no use."""
+    """The request contradicts the present state; clients that repeat every 409 are told that it
+    is of no use.
+    """
 
     status = HTTPStatus.CONFLICT
 
@@ -188,7 +190,9 @@ def problem_response(
 
 
 def field_errors(errors: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(field, message) of every pydantic error that says something: of a union's branches, those that got furthest."""
+    """(field, message) of every pydantic error that says something: of a union's branches, those that got
+    furthest.
+    """
     found: dict[str, str] = {}
     for error in errors:
         location = tuple(error["loc"])

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from chunkplan.engine.errors import InputError
 from chunkplan.service.app import create_app
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import upgrade
 from chunkplan.service.errors import field_errors
+from chunkplan.service.kit.clock import Clock
 from chunkplan.service.operation.logs import configure_logging
 from chunkplan.service.services import Services
 from chunkplan.service.settings import Settings

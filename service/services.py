@@ -7,20 +7,20 @@ from threading import Event
 
 from chunkplan.service.access.limits import Turns
 from chunkplan.service.access.service import Access
-from chunkplan.service.kit.clock import Clock, SystemClock
 from chunkplan.service.db import Database
-from chunkplan.service.machines.devices import local_devices
-from chunkplan.service.execution.executors.process_identity import ProcessIdentity
 from chunkplan.service.execution.executors.local import LocalExecution
+from chunkplan.service.execution.executors.process_identity import ProcessIdentity
 from chunkplan.service.execution.replanning import Replanner
 from chunkplan.service.execution.supervisor import Supervisor
 from chunkplan.service.files.service import FileService
 from chunkplan.service.jobs.feed import EventFeed
 from chunkplan.service.jobs.service import JobService
+from chunkplan.service.kit.clock import Clock, SystemClock
+from chunkplan.service.machines.devices import local_devices
 from chunkplan.service.operation.metrics import Metrics
 from chunkplan.service.operation.retention import Housekeeper
-from chunkplan.service.plans.service import PlanService
 from chunkplan.service.plans.planning_process import Planner, PlannerProcess
+from chunkplan.service.plans.service import PlanService
 from chunkplan.service.settings import Settings
 
 

@@ -1,4 +1,6 @@
-"""Every setting of the service, from ``CHUNKPLAN_*`` variables or a TOML file (``CHUNKPLAN_SETTINGS_FILE``)."""
+"""Every setting of the service, from ``CHUNKPLAN_*`` variables or a TOML file
+(``CHUNKPLAN_SETTINGS_FILE``).
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ class DeviceSetting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^(cpu(:\d{1,4})?|cuda:\d{1,4})$")]
-    """``cuda:N`` by the number that the driver's tool shows, ``cpu``, or ``cpu:N`` for a part of the processor."""
+    """``cuda:N`` by the number that the driver's tool shows, ``cpu``, or ``cpu:N`` for a part of the
+    processor."""
     gpu: str | None = None
     """A name in the catalog, where the driver does not tell what it is."""
     memory_bytes: Positive | None = None
@@ -82,8 +85,8 @@ class Settings(BaseSettings):
     database_url: str = Field(default_factory=lambda data: f"sqlite:///{data['data_dir'] / 'chunkplan.db'}")
     """``sqlite:///PATH`` or ``postgresql://…``."""
     database_timeout_seconds: Seconds = 15.0
-    """How long anything waits for a lock or a connection before it fails, and Postgres for a server that has stopped in
-    the middle of a unit of work before it undoes it."""
+    """How long anything waits for a lock or a connection before it fails, and Postgres for a server that has
+    stopped in the middle of a unit of work before it undoes it."""
     models_dir: AbsolutePath = Field(default_factory=lambda data: data["data_dir"] / "models")
     """A catalog id resolves to the folder of that name in here when a job trains it."""
     model_roots: list[AbsolutePath] = [Path()]
@@ -95,8 +98,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
     """0 takes a free port."""
     trusted_network: bool = False
-    """Allows a host other than loopback before there are API keys: only where the network itself is closed, such as in
-    a container whose port is published on the host's loopback."""
+    """Allows a host other than loopback before there are API keys: only where the network itself is closed,
+    such as in a container whose port is published on the host's loopback."""
     allowed_hosts: list[str] = []
     """Names besides ``localhost`` under which browsers and programs may ask without a key."""
     log_format: str = Field("console", pattern="^(console|json)$")
@@ -123,14 +126,16 @@ class Settings(BaseSettings):
     """By project; what is left out is taken from ``quota``."""
 
     refusals_per_second: Annotated[float, Field(gt=0)] = 5.0
-    """Requests without a valid key that one address is told about, in the long run; further ones are told to wait."""
+    """Requests without a valid key that one address is told about, in the long run; further ones are told to
+    wait."""
     refusals_burst: Positive = 100
     """The same, at once."""
 
     devices: list[DeviceSetting] = []
     """What jobs may run on; by default every accelerator that the driver shows, and the processor."""
     max_jobs_per_device: Positive = 1
-    """How many jobs may share a device, as far as their plans' upper bounds fit together. Sharing slows them."""
+    """How many jobs may share a device, as far as their plans' upper bounds fit together. Sharing slows them.
+    """
     priority_point_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
     """For which a job must have waited longer to come before one whose priority is a point higher."""
 
@@ -147,7 +152,8 @@ class Settings(BaseSettings):
     """How often the supervisor looks after its attempts, and streams after new events."""
 
     samples_retention_days: Annotated[int, Field(ge=1)] = 30
-    """Raw profile samples of jobs that have ended, and step events, are deleted after this; what was added up stays."""
+    """Raw profile samples of jobs that have ended, and step events, are deleted after this; what was added up
+    stays."""
     idempotency_retention_hours: Annotated[int, Field(ge=1)] = 24
     prune_every_seconds: Seconds = 3600.0
     """How often the service deletes what is past its retention."""

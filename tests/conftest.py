@@ -1,4 +1,5 @@
-"""Fixtures for every test: databases (SQLite, a real Postgres), a tiny model with data, the application, a live server.
+"""Fixtures for every test: databases (SQLite, a real Postgres), a tiny model with data, the application, a
+live server.
 
 Nothing here imports torch; the trainers and planners that tests start do so in processes of their own.
 """
@@ -165,7 +166,8 @@ def services(client: TestClient) -> Services:
 def start_server(
     database_url: str, tmp_path: Path, models_dir: Path, dataset: Path, trace_cache: Path
 ) -> Iterator[Callable[..., LiveServer]]:
-    """Starts real servers on one database and one data folder; ends them, and asserts that no trainer is left."""
+    """Starts real servers on one database and one data folder; ends them, and asserts that no trainer is
+    left."""
     servers: list[LiveServer] = []
 
     def start(module: str = "chunkplan.service.serve", **settings: object) -> LiveServer:

@@ -4,8 +4,9 @@
     batches = Batches(splits.train, micro_batch_size=8, seed=0)
     inputs = collate(batches.batch(17), pad_token_id=tokenizer.pad_token_id, seq_len=1024)
 
-Files are described in chunkplan.engine.data.readers, row formats in chunkplan.engine.data.rows, what is trained in chunkplan.engine.data.tokens. Rows are read,
-tokenized and written to a store on disk one batch after the other: no step holds the set in memory.
+Files are described in chunkplan.engine.data.readers, row formats in chunkplan.engine.data.rows, what is
+trained in chunkplan.engine.data.tokens. Rows are read, tokenized and written to a store on disk one batch
+after the other: no step holds the set in memory.
 """
 
 from __future__ import annotations
@@ -24,38 +25,22 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkplan.engine.errors import InputError
-from chunkplan.engine.files import sha256_file
 from chunkplan.engine.data.packing import Packing, pack
 from chunkplan.engine.data.readers import FIELD
 from chunkplan.engine.data.rows import FormatChoice, Passage, Row, RowReader
 from chunkplan.engine.data.token_store import StoreWriter, TokenStore, permutation
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder, Tokens
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.files import sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "IGNORE_INDEX",
-    "Batches",
-    "DatasetInfo",
-    "DatasetSplits",
-    "DatasetStats",
-    "Example",
-    "Examples",
-    "check_dataset",
-    "collate",
-    "load_dataset",
-    "with_validation",
-]
-
 VALIDATION_FIELD = "dataset.validation_path"
 LENGTH_MULTIPLE = 64
 """Batches are padded to a multiple of this many tokens, so that few distinct shapes occur."""
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2**20
-_CODE = ("data", "readers", "rows", "store", "tokenize")
-"""Modules that decide what a store holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +64,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """What became of the rows: ``num_rows`` = train + eval + skipped. Each piece of a text file counts as a row."""
+    """What became of the rows: ``num_rows`` = train + eval + skipped. Each piece of a text file counts as a
+    row.
+    """
 
     num_rows: int
     num_train_rows: int
@@ -135,12 +122,12 @@ def load_dataset(
         format: a format's name, or ``auto``.
         tokenizer: a fast tokenizer.
         seq_len: longer rows are cut off at this many tokens, texts are cut into pieces of it.
-        eval_fraction: share of the rows that are held out, from the end of a shuffle seeded with ``seed``; above zero,
-            at least one row is held out and at least one is trained.
+        eval_fraction: share of the rows that are held out, from the end of a shuffle seeded with ``seed``;
+            above zero, at least one row is held out and at least one is trained.
         seed: decides the split.
         packing: several rows share a sequence of ``seq_len`` tokens.
-        folder: keeps the tokenized rows, and is used again for the same file, tokenizer and ``seq_len``; by default
-            they lie in a temporary file that is gone with the result.
+        folder: keeps the tokenized rows, and is used again for the same file, tokenizer and ``seq_len``; by
+            default they lie in a temporary file that is gone with the result.
 
     Raises:
         InputError: the file or a row cannot be used, or nothing is left to train.
@@ -235,7 +222,7 @@ class _Counts:
 
 def _store_key(path: Path, format: FormatChoice, tokenizer: PreTrainedTokenizerBase, seq_len: int, digest: str) -> str:
     """Digest of everything that decides the tokens."""
-    code = [sha256_file(Path(__file__).with_name(f"{name}.py")) for name in _CODE]
+    code = [sha256_file(module) for module in sorted(Path(__file__).parent.glob("*.py"))]
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     names = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map]
     rules = [version("transformers"), tokenizer.backend_tokenizer.to_str(), *names]
@@ -322,7 +309,9 @@ class Examples(Sequence[Example]):
 
 
 def joined(rows: Sequence[Tokens]) -> Example:
-    """Rows one after the other. No row's first token is trained: what stands before it belongs to another row."""
+    """Rows one after the other. No row's first token is trained: what stands before it belongs to another
+    row.
+    """
     input_ids: list[int] = []
     labels: list[int] = []
     for row in rows:
@@ -372,11 +361,13 @@ class Batches:
 def collate(
     examples: Sequence[Example], pad_token_id: int, seq_len: int, *, packing: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of one micro-batch: ``input_ids`` and ``labels``, int64, [B, S]; with packing ``position_ids`` too.
+    """Tensors of one micro-batch: ``input_ids`` and ``labels``, int64, [B, S]; with packing ``position_ids``
+    too.
 
-    Padded on the right to the longest example, rounded up to a multiple of 64 and capped at ``seq_len``. There is no
-    attention mask on purpose: under causal attention no real token ever sees the padding to its right, and
-    the padding's own labels are -100. Positions start from 0 at every row of a packed sequence, and at its padding.
+    Padded on the right to the longest example, rounded up to a multiple of 64 and capped at ``seq_len``.
+    There is no attention mask on purpose: under causal attention no real token ever sees the padding to its
+    right, and the padding's own labels are -100. Positions start from 0 at every row of a packed sequence,
+    and at its padding.
 
     Args:
         examples: none longer than ``seq_len``.

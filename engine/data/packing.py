@@ -1,7 +1,7 @@
 """Best-fit-decreasing packing: many short rows share one sequence. Imports no torch.
 
-The longest row goes first, each into the sequence that it leaves the least room in. Rows of one length are placed at
-once, so the work grows with the distinct lengths, not with the rows.
+The longest row goes first, each into the sequence that it leaves the least room in. Rows of one length are
+placed at once, so the work grows with the distinct lengths, not with the rows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class _Room:
         """Bit i is set where sequences have room for exactly i tokens."""
 
     def best(self, length: int, count: int) -> tuple[NDArray[np.int64], int]:
-        """The sequences that rows of one length fill best, and how many rows each takes; the last may take fewer."""
+        """The sequences that rows of one length fill best, and how many rows each takes; the last may take
+        fewer.
+        """
         fitting = self._sizes >> length
         size = length + (fitting & -fitting).bit_length() - 1 if fitting else self._capacity
         each = size // length

@@ -1,4 +1,5 @@
-"""Training rows as users write them: objects in one of four formats, whatever file holds them. Imports no torch.
+"""Training rows as users write them: objects in one of four formats, whatever file holds them. Imports no
+torch.
 
 | format | keys | trained |
 |---|---|---|
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from chunkplan.engine.errors import InputError
 from chunkplan.engine.data.readers import FIELD, bad_row, is_running_text, read_rows
+from chunkplan.engine.errors import InputError
 
 RowFormat = Literal["messages", "prompt_completion", "instruction", "text"]
 FormatChoice = Literal["auto", "messages", "prompt_completion", "instruction", "text"]
@@ -53,7 +54,8 @@ class Passage:
     prompt: str
     completion: str
     is_running: bool = False
-    """A block of a longer text: it does not end where the block does, and is cut into pieces rather than cut off."""
+    """A block of a longer text: it does not end where the block does, and is cut into pieces rather than cut
+    off."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| ``tokens.bin`` | int32 for every token: its id where it is trained, the complement of its id where it is not |
+| ``tokens.bin`` | int32 for every token: its id where it is trained, the id's complement where it is not |
 | ``offsets.bin`` | int64: where each row begins, and where the last one ends |
 | ``store.json`` | written last: what the rows were made from, what became of them, digests of the two files |
 
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkplan.engine.files import sha256_file, sync_path
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Tokens
+from chunkplan.engine.files import sha256_file, sync_path
 
 _TOKENS, _OFFSETS, _MANIFEST = "tokens.bin", "offsets.bin", "store.json"
 _BUFFER_BYTES = 2**20
@@ -47,7 +47,9 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, key: str) -> TokenStore | None:
-        """The store that was made from what ``key`` stands for; None if it is not there, another, or damaged."""
+        """The store that was made from what ``key`` stands for; None if it is not there, another,
+        or damaged.
+        """
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
             is_whole = manifest["key"] == key and all(

@@ -1,17 +1,20 @@
 """From a row to token ids and labels: which tokens are trained, exactly. Imports no torch.
 
-Chats go through the tokenizer's chat template and are tokenized as one text, as ``apply_chat_template`` does. The loss
-counts the assistant's turns from the end of the generation prompt through the end-of-turn token, since that is what the
-model has to produce; whitespace that the template puts after the end-of-turn token is not.
+Chats go through the tokenizer's chat template and are tokenized as one text, as ``apply_chat_template`` does.
+The loss counts the assistant's turns from the end of the generation prompt through the end-of-turn token,
+since that is what the model has to produce; whitespace that the template puts after the end-of-turn token is
+not.
 
-A template that marks its generations (``{% generation %}``) is believed. For the others the turns are found by
-rendering: what stands before a turn is the rendering of the messages before it; the turn's content is where the text
-changes when only the content changes; the end of turn is what follows the content both here and when the turn is last.
+A template that marks its generations (``{% generation %}``) is believed. For the others the turns are found
+by rendering: what stands before a turn is the rendering of the messages before it; the turn's content is
+where the text changes when only the content changes; the end of turn is what follows the content both here
+and when the turn is last.
 
-A tokenizer without a chat template gets a plain one: ``User: …``, ``Assistant: …``, blank lines between the messages
-and its end-of-sequence token after each assistant message. Raw text is tokenized with the tokenizer's own special
-tokens and ends with the end-of-sequence token. A block of a running text does not end: it is cut into pieces, each of
-which starts with the tokenizer's beginning-of-sequence token if it sets one.
+A tokenizer without a chat template gets a plain one: ``User: …``, ``Assistant: …``, blank lines between the
+messages and its end-of-sequence token after each assistant message. Raw text is tokenized with the
+tokenizer's own special tokens and ends with the end-of-sequence token. A block of a running text does not
+end: it is cut into pieces, each of which starts with the tokenizer's beginning-of-sequence token if it sets
+one.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
-from chunkplan.engine.errors import InputError
 from chunkplan.engine.data.rows import Conversation, Message, Passage
+from chunkplan.engine.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
 
-# A private-use character: no content starts or ends like it, so common prefixes and suffixes stop at the content.
+# A private-use character: no content starts or ends like it, so common prefixes and suffixes stop at the
+# content.
 _PLACEHOLDER = "\ue0f7"
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -41,7 +45,9 @@ _PLAIN_TEMPLATE = (
 
 
 class Tokens(NamedTuple):
-    """Token ids of one row and their labels: the id itself where the token is trained, else -100 (not shifted)."""
+    """Token ids of one row and their labels: the id itself where the token is trained, else -100 (not
+    shifted).
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -162,7 +168,9 @@ class Encoder:
         return rendered
 
     def _turn(self, text: str, messages: Sequence[Message], index: int) -> Span:
-        """Where the assistant's message ``index`` stands in ``text``, from its first trained character to its last."""
+        """Where the assistant's message ``index`` stands in ``text``, from its first trained character to its
+        last.
+        """
         blank = self._render([*messages[:index], Message("assistant", _PLACEHOLDER), *messages[index + 1 :]])
         start = _common_prefix(text, blank)
         stop = len(text) - _common_suffix(text[start:], blank[start:])
@@ -203,7 +211,9 @@ class Encoder:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """Characters that both begin with, by bisection: comparing slices costs far less than comparing characters."""
+    """Characters that both begin with, by bisection: comparing slices costs far less than comparing
+    characters.
+    """
     known, limit = 0, min(len(a), len(b))
     while known < limit:
         middle = (known + limit + 1) // 2

@@ -178,7 +178,9 @@ def base_license(folder: Path) -> str:
 
 @contextmanager
 def _exportable(model: PreTrainedModel) -> Iterator[None]:
-    """For as long as the model is written: a cache for generation, which training turned off, and valid settings."""
+    """For as long as the model is written: a cache for generation, which training turned off, and valid
+    settings.
+    """
     use_cache, generation = model.config.use_cache, getattr(model, "generation_config", None)
     model.config.use_cache = True
     if generation is not None:  # masked models generate nothing

@@ -1,7 +1,9 @@
-"""Gradients for one chunk only: whole tensors through autograd as it is, cut tensors through sliced functions.
+"""Gradients for one chunk only: whole tensors through autograd as it is, cut tensors through sliced
+functions.
 
-While a chunk is active, every parameter outside it is frozen, so backpropagation stops below the lowest active layer.
-Identity, ties and state_dict keys of every parameter stay what they are; chunkplan.engine.gradients.cut_parameter says what happens to a cut one.
+While a chunk is active, every parameter outside it is frozen, so backpropagation stops below the lowest
+active layer. Identity, ties and state_dict keys of every parameter stay what they are;
+chunkplan.engine.gradients.cut_parameter says what happens to a cut one.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.gradients.cut_parameter import CutParameter, RowRange
 from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.optimizer.factored import matrix_shape
+from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.stream.parameters import ParameterStream
 
 __all__ = ["Activation", "ActiveSlice", "CutParameter", "activate"]
@@ -33,7 +35,8 @@ class ActiveSlice:
     start: int
     stop: int
     tensor: Tensor
-    """1-D leaf of ``stop - start`` elements in the parameter's storage; ``tensor.grad`` is the range's gradient.
+    """1-D leaf of ``stop - start`` elements in the parameter's storage; ``tensor.grad`` is the range's
+    gradient.
 
     It is the only place where the gradient lives: ``parameter.grad`` stays None.
     """
@@ -41,7 +44,9 @@ class ActiveSlice:
 
     @property
     def num_columns(self) -> int:
-        """Elements of the parameter's last dimension, 1 for a vector: the slice is a matrix with so many columns."""
+        """Elements of the parameter's last dimension, 1 for a vector: the slice is a matrix with so many
+        columns.
+        """
         return matrix_shape(self.parameter.shape)[1]
 
     def release_gradient(self) -> None:
@@ -53,11 +58,12 @@ class ActiveSlice:
 class Activation:
     """Context manager in which exactly one chunk of a model has gradients.
 
-    ``on_gradient`` is called with a slice and its ordinal as soon as its gradient is complete, within backward. With an
-    expansion, the parameters above the chunk take part in the backward passes for which :meth:`expand` says so.
+    ``on_gradient`` is called with a slice and its ordinal as soon as its gradient is complete, within
+    backward. With an expansion, the parameters above the chunk take part in the backward passes for which
+    :meth:`expand` says so.
 
-    It must stay open until backward has ended (recomputation under checkpointing needs it too). On exit the parameters'
-    classes, ``requires_grad`` flags and gradients are what they were before.
+    It must stay open until backward has ended (recomputation under checkpointing needs it too). On exit the
+    parameters' classes, ``requires_grad`` flags and gradients are what they were before.
     """
 
     def __init__(
@@ -120,7 +126,9 @@ class Activation:
             parameter.requires_grad_(is_on)
 
     def _arrival(self, ordinal: int, active: ActiveSlice) -> Callable[[Tensor], None]:
-        """What happens when the slice's gradient is complete: all of a backward pass's contributions are in it."""
+        """What happens when the slice's gradient is complete: all of a backward pass's contributions are in
+        it.
+        """
 
         def arrived(_: Tensor) -> None:
             if self._on_gradient is not None:
@@ -165,7 +173,8 @@ def _become(parameter: nn.Parameter, kind: type[nn.Parameter]) -> None:
 
 
 def activate(model: nn.Module, chunk: Chunk, stream: ParameterStream | None = None) -> Activation:
-    """Make one chunk of ``model`` the only part with gradients; use as ``with activate(model, chunk) as active:``.
+    """Make one chunk of ``model`` the only part with gradients; use as ``with activate(model, chunk) as
+    active:``.
 
     Args:
         model: any module whose stream ``chunk`` was cut from.

@@ -1,9 +1,10 @@
 """Parameters of which only some rows have gradients.
 
-A cut parameter gets the class :class:`CutParameter` while its chunk is active; nothing else about the instance changes.
-The class's ``__torch_function__`` routes linear, embedding and addmm, and the ways in which experts are used (indexed,
-grouped_mm, bmm), to functions that compute the gradient of the active rows only. Any other operation sees an alias
-whose dense gradient is sliced on arrival: always right, at the price of one dense gradient for a moment.
+A cut parameter gets the class :class:`CutParameter` while its chunk is active; nothing else about the
+instance changes. The class's ``__torch_function__`` routes linear, embedding and addmm, and the ways in which
+experts are used (indexed, grouped_mm, bmm), to functions that compute the gradient of the active rows only.
+Any other operation sees an alias whose dense gradient is sliced on arrival: always right, at the price of one
+dense gradient for a moment.
 
 Source: ChunkFT, arXiv 2605.21177, section on sub-tensor gradients; the class swap is ours.
 """
@@ -23,7 +24,9 @@ from torch.utils._pytree import tree_map
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Active rows [start, stop) of a cut parameter, the leaf for their gradient, the dense weight as a plain tensor."""
+    """Active rows [start, stop) of a cut parameter, the leaf for their gradient, the dense weight as a plain
+    tensor.
+    """
 
     leaf: Tensor
     weight: Tensor
@@ -53,7 +56,9 @@ class CutParameter(nn.Parameter):
 
 
 class CutTranspose(Tensor):
-    """A 3-D cut parameter with its matrices transposed, as experts are given to grouped_mm; its ``rows`` are not."""
+    """A 3-D cut parameter with its matrices transposed, as experts are given to grouped_mm; its ``rows`` are
+    not.
+    """
 
     rows: RowRange
 
@@ -189,7 +194,9 @@ class _SlicedEmbedding(torch.autograd.Function):
 
 
 class _SlicedGroupedProduct(torch.autograd.Function):
-    """y = x Wₑ of each group e of x's rows, with dW of matrices [start, stop) only; ``weight`` may be transposed."""
+    """y = x Wₑ of each group e of x's rows, with dW of matrices [start, stop) only; ``weight`` may be
+    transposed.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, offsets: Tensor, start: int, stop: int) -> Tensor:
@@ -215,7 +222,9 @@ class _SlicedGroupedProduct(torch.autograd.Function):
 
 
 def _group_bounds(offsets: Tensor, start: int, stop: int, num_rows: int) -> tuple[int, int]:
-    """First row of group ``start`` and first row after group ``stop - 1``; all rows where values cannot be read."""
+    """First row of group ``start`` and first row after group ``stop - 1``; all rows where values cannot be
+    read.
+    """
     if offsets.device.type == "meta":
         return 0, num_rows
     return int(offsets[start - 1]) if start else 0, int(offsets[stop - 1])
@@ -259,7 +268,9 @@ class _SlicedRows(torch.autograd.Function):
 
 
 def _scattered(dy: Tensor, ids: Tensor, active: tuple[int, int], padding_idx: int | None = None) -> Tensor:
-    """Gradient of a table's active rows [start, stop) from that of looked-up rows; the padding row gets none."""
+    """Gradient of a table's active rows [start, stop) from that of looked-up rows; the padding
+    row gets none.
+    """
     start, stop = active
     num_rows = stop - start
     outside = (ids < start) | (ids >= stop)

@@ -1,8 +1,8 @@
 """Fused linear cross-entropy: the language-model loss without ever holding the logits of all tokens.
 
-The model's own loss keeps three fp32 tensors of [tokens, vocabulary]; here the logits exist for a block of tokens at
-a time, and their gradient is consumed at once. Works with a frozen, a whole and a cut head: only the active rows get
-a gradient.
+The model's own loss keeps three fp32 tensors of [tokens, vocabulary]; here the logits exist for a block of
+tokens at a time, and their gradient is consumed at once. Works with a frozen, a whole and a cut head: only
+the active rows get a gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _BLOCK_TOKENS = 128
 
 
 def block_tokens(vocab_size: int) -> int:
-    """Tokens per block: fp32 logits of 16 MiB, but at least 128 tokens, below which the weight's traffic dominates."""
+    """Tokens per block: fp32 logits of 16 MiB, but at least 128 tokens, below which the weight's traffic
+    dominates.
+    """
     return max(_BLOCK_TOKENS, _BLOCK_BYTES // (4 * vocab_size))
 
 
@@ -33,14 +35,18 @@ def block_rows(vocab_size: int, num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a family does between the head's product and the softmax: logits → cap · tanh(scale · logits / cap)."""
+    """What a family does between the head's product and the softmax: logits → cap · tanh(scale · logits /
+    cap).
+    """
 
     scale: float = 1.0
     softcap: float | None = None
 
     @staticmethod
     def of(config: Any) -> LogitTransform:
-        """Read from a transformers config (Gemma's ``final_logit_softcapping``, Cohere's and Granite's scales)."""
+        """Read from a transformers config (Gemma's ``final_logit_softcapping``, Cohere's and Granite's
+        scales).
+        """
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         if getattr(config, "logits_scaling", None):
             scale /= float(config.logits_scaling)
@@ -65,7 +71,9 @@ class LogitTransform:
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """Token losses over ``denominator``; gradients are computed in forward, in blocks, and handed out in backward."""
+    """Token losses over ``denominator``; gradients are computed in forward, in blocks, and handed out in
+    backward.
+    """
 
     @staticmethod
     def forward(
@@ -120,7 +128,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Handed out, not kept: autograd adds a tied embedding's gradient in place only to what nobody else holds.
+        # Handed out, not kept: autograd adds a tied embedding's gradient in place only to what nobody else
+        # holds.
         d_hidden, d_target, d_bias = ctx.gradients
         del ctx.gradients
         for gradient in (d_hidden, d_target, d_bias):
@@ -134,7 +143,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits [tokens, rows of weight] of one block, transformed, and what the transform's gradient needs."""
+    """fp32 logits [tokens, rows of weight] of one block, transformed, and what the transform's gradient
+    needs.
+    """
     logits = nn.functional.linear(hidden, weight, bias).float()
     return logits, transform.apply_(logits)
 
@@ -148,7 +159,9 @@ def _mm_into(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _softmax_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into probabilities in place; returns (log normaliser [tokens], summed loss of the counted tokens)."""
+    """Turn logits into probabilities in place; returns (log normaliser [tokens], summed loss of the counted
+    tokens).
+    """
     valid = labels != IGNORE_INDEX
     index = labels.clamp_min(0).unsqueeze(1)
     at_label = logits.gather(1, index).squeeze(1)
@@ -162,7 +175,9 @@ def _softmax_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_gradient_(probabilities: Tensor, labels: Tensor, first_row: int, denominator: float) -> Tensor:
-    """(p − onehot) / denominator in place for vocabulary rows from ``first_row`` on; zero for ignored tokens."""
+    """(p − onehot) / denominator in place for vocabulary rows from ``first_row`` on; zero for
+    ignored tokens.
+    """
     num_rows = probabilities.shape[1]
     local = labels - first_row
     hit = (local >= 0) & (local < num_rows)
@@ -182,7 +197,9 @@ def _weight_gradient(
     rows: tuple[int, int],
     transform: LogitTransform,
 ) -> None:
-    """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: each row is one product."""
+    """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: each row is one
+    product.
+    """
     start, stop = rows
     block = block_rows(weight.shape[0], hidden.shape[0])
     for first in range(start, stop, block):
@@ -203,7 +220,8 @@ def fused_linear_cross_entropy(
     bias: Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` against ``labels``: the counted tokens' sum over ``denominator``.
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels``: the counted tokens' sum over
+    ``denominator``.
 
     Args:
         hidden: [tokens, hidden size], already shifted against the labels.

@@ -1,7 +1,8 @@
 """Low-rank adapters of peft on a frozen model, for the engine's own loop.
 
-The adapters are put into the model in place: it stays the transformers model that it was, so that its backbone, layers
-and head are found as ever. peft freezes the base; a stream of only what is trainable is then all that LoRA needs.
+The adapters are put into the model in place: it stays the transformers model that it was, so that its
+backbone, layers and head are found as ever. peft freezes the base; a stream of only what is trainable is then
+all that LoRA needs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch
 from transformers import PreTrainedModel
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import LoraSpec
 from chunkplan.engine.model.tasks import Task, task_of
+from chunkplan.engine.spec import LoraSpec
 
 _TASK_TYPES = {Task.CAUSAL: "CAUSAL_LM", Task.SEQ2SEQ: "SEQ_2_SEQ_LM"}
-"""peft's names, which decide the class that it wraps a model in; it has none for masked models and needs none."""
+"""peft's names, which decide the class that it wraps a model in; it has none for masked models and needs
+none."""
 
 
 def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
@@ -60,7 +62,8 @@ def _add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Peft loads bitsandbytes wherever it is installed, in case a model were made of its layers; none of ours is.
+    """Peft loads bitsandbytes wherever it is installed, in case a model were made of its layers; none of ours
+    is.
 
     It takes 45 MB of host memory, which a plan would have to know of.
     """
@@ -80,7 +83,8 @@ def adapter_rate_factor(spec: LoraSpec, name: str) -> float:
 
 
 def save_adapters(model: PreTrainedModel, folder: Path, base_model: str) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which ``peft.PeftModel`` loads with the base.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which ``peft.PeftModel`` loads with
+    the base.
 
     Args:
         model: with adapters.
@@ -102,7 +106,9 @@ def save_adapters(model: PreTrainedModel, folder: Path, base_model: str) -> None
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add every adapter to its weight and take the adapters out: the model is a plain one again, all of it tuned."""
+    """Add every adapter to its weight and take the adapters out: the model is a plain one again, all of it
+    tuned.
+    """
     from peft.tuners.lora import LoraLayer
 
     for parent in list(model.modules()):

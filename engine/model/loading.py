@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import Precision
 from chunkplan.engine.model.tasks import task_of_config
+from chunkplan.engine.spec import Precision
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
 
 def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
-    """The lists of repeated blocks, in the order of the model: one for most, an encoder's and a decoder's for some.
+    """The lists of repeated blocks, in the order of the model: one for most, an encoder's and a decoder's for
+    some.
 
     A block is a module with parts, and a matrix in one of them; lists inside a block are its own business.
     """
@@ -150,7 +151,8 @@ class _HeadReached(Exception):
 
 
 def head_input(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """What the model's forward gives to its output projection, [batch, sequence, hidden size]; logits are never built.
+    """What the model's forward gives to its output projection, [batch, sequence, hidden size]; logits are
+    never built.
 
     Raises:
         InputError: the model has no linear head, or does not call it.

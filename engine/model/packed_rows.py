@@ -1,7 +1,8 @@
 """Whether a model keeps packed rows apart. Nothing here knows about families: the model is asked.
 
-Packed rows differ from one long row in their positions alone, which start again from 0 at every row. Models that build
-their attention mask from positions keep the rows apart; others ignore them, or carry a state across.
+Packed rows differ from one long row in their positions alone, which start again from 0 at every row. Models
+that build their attention mask from positions keep the rows apart; others ignore them, or carry a state
+across.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def check_isolation(model: nn.Module, loss_of: LossOf) -> None:
 
     Args:
         model: is left as it was.
-        loss_of: the sum of a batch's token losses; the batch holds ``input_ids``, ``labels``, and ``position_ids``
-            where rows are packed.
+        loss_of: the sum of a batch's token losses; the batch holds ``input_ids``, ``labels``, and
+            ``position_ids`` where rows are packed.
 
     Raises:
-        InputError: the second row's loss has a gradient with respect to the first row, which is exactly zero where
-            attention is masked, or differs from its loss when it is alone.
+        InputError: the second row's loss has a gradient with respect to the first row, which is exactly zero
+            where attention is masked, or differs from its loss when it is alone.
     """
     check_packable(model)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()

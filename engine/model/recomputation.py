@@ -1,8 +1,9 @@
-"""Activation checkpointing that keeps the truncation: only layers that backpropagation reaches are recomputed.
+"""Activation checkpointing that keeps the truncation: only layers that backpropagation reaches are
+recomputed.
 
-Each chosen layer's ``forward`` is wrapped on the instance with torch's non-reentrant checkpoint. transformers' own
-``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's output, so that every layer
-would be recomputed whatever chunk is active.
+Each chosen layer's ``forward`` is wrapped on the instance with torch's non-reentrant checkpoint.
+transformers' own ``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's
+output, so that every layer would be recomputed whatever chunk is active.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # Dropout hides in functional calls, router noise elsewhere: in training the random state is always kept (5 KB).
+        # Dropout hides in functional calls, router noise elsewhere: in training the random state is always
+        # kept (5 KB).
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=layer.training, **kwargs)
 
     return run

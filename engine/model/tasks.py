@@ -1,7 +1,7 @@
 """What a language model is trained to do: predict the next token, masked tokens, or an answer from a prompt.
 
-The three tasks differ in how a model is loaded, whether its labels shift, what a batch holds and how it is made from a
-row's tokens. Nothing else in the engine knows about families.
+The three tasks differ in how a model is loaded, whether its labels shift, what a batch holds and how it is
+made from a row's tokens. Nothing else in the engine knows about families.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from transformers.models.auto import modeling_auto
 
 from chunkplan.engine.data import LENGTH_MULTIPLE
-from chunkplan.engine.errors import InputError
 from chunkplan.engine.data.tokens import IGNORE_INDEX
+from chunkplan.engine.errors import InputError
 
 MASKED_SHARE = 0.15
 """Of a row's trained tokens are predicted: BERT's share, arXiv 1810.04805, section 3.1."""
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
-"""Of the predicted tokens are replaced by the mask, and by a random token; the others are left as they are."""
+"""Of the predicted tokens are replaced by the mask, and by a random token; the others are left as they are.
+"""
 
 
 class Task(StrEnum):
@@ -102,8 +103,8 @@ def num_counted_tokens(labels: Tensor, task: Task = Task.CAUSAL) -> int:
 def model_inputs(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> dict[str, Any]:
     """Arguments of the model's forward: the batch without labels, and no cache.
 
-    Causal models get no attention mask: real tokens never look at padding on their right. A decoder's inputs are made
-    by the model itself, from the labels, where the batch has none.
+    Causal models get no attention mask: real tokens never look at padding on their right. A decoder's inputs
+    are made by the model itself, from the labels, where the batch has none.
     """
     dropped = {"labels", "attention_mask"} if task is Task.CAUSAL else {"labels"}
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in dropped}
@@ -178,7 +179,9 @@ class BatchPreparation:
         return {"input_ids": input_ids, "labels": labels, "attention_mask": _mask(lengths, input_ids.shape[1])}
 
     def _split(self, batch: dict[str, Tensor], lengths: Sequence[int]) -> dict[str, Tensor]:
-        """The encoder gets what stands before the first trained token, the decoder everything from there on."""
+        """The encoder gets what stands before the first trained token, the decoder everything
+        from there on.
+        """
         prompts, answers, labels = [], [], []
         end = self._tokenizer.eos_token_id
         for ids, targets, length in zip(batch["input_ids"], batch["labels"], lengths, strict=True):

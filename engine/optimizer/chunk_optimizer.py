@@ -1,11 +1,12 @@
 """Updates the active chunk, with states that live in host memory (keep) or only during a visit (reset).
 
-Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a visit
-and leave with its last: with one update per visit they pass through block by block, and the device never holds more
-than one block's states, or two where copies run beside the updates (:mod:`chunkplan.engine.optimizer.state_transfer`).
+Slices are updated in blocks of 4 Mi elements. A block's states come to the device with its first update of a
+visit and leave with its last: with one update per visit they pass through block by block, and the device
+never holds more than one block's states, or two where copies run beside the updates
+(:mod:`chunkplan.engine.optimizer.state_transfer`).
 
-Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is decoupled.
-16-bit weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
+Every chunk has its own step count for bias correction, clipping sees the active chunk only, weight decay is
+decoupled. 16-bit weights are updated in fp32; ``master`` says what becomes of the bits that they cannot hold.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from chunkplan.engine.optimizer.factored import FactoredUpdate
 from chunkplan.engine.gradients.activation import ActiveSlice
 from chunkplan.engine.optimizer.eight_bit import dequantise, quantise
+from chunkplan.engine.optimizer.factored import FactoredUpdate
 from chunkplan.engine.optimizer.rounding import Noise, join, split, stochastic_round_
 from chunkplan.engine.optimizer.rules import RULES, HyperParameters, decay_
-from chunkplan.engine.stream.schedule import Visit
-from chunkplan.engine.spec import Master, Optimizer, StateDtype
 from chunkplan.engine.optimizer.state_layout import MOMENT_SIGNS, StateLayout, StateTensor
 from chunkplan.engine.optimizer.state_transfer import WHOLE, BlockKey, ChunkStates, Lane, Passage, States, lane_for
+from chunkplan.engine.spec import Master, Optimizer, StateDtype
+from chunkplan.engine.stream.schedule import Visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class ChunkOptimizer:
     def update(
         self, active: list[ActiveSlice], visit: Visit, learning_rate: float, loss_scale: float = 1.0
     ) -> float | None:
-        """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without clipping.
+        """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without
+        clipping.
 
         Gradients are ``loss_scale`` times too large; the norm is not.
         """
@@ -78,7 +80,8 @@ class ChunkOptimizer:
         self.loss_scale = loss_scale
         self.begin(visit, learning_rate)
         with_gradient = [(i, piece) for i, piece in enumerate(active) if piece.tensor.grad is not None]
-        # States that pass through travel from one slice to the next without a pause, where copies run beside updates.
+        # States that pass through travel from one slice to the next without a pause, where copies run beside
+        # updates.
         is_shared = bool(with_gradient) and visit.is_first and visit.is_last and self.lane(active[0]).ahead > 0
         passage = self.passage(with_gradient) if is_shared else None
         for ordinal, piece in with_gradient:
@@ -89,7 +92,9 @@ class ChunkOptimizer:
         return norm
 
     def skip(self, active: list[ActiveSlice], visit: Visit) -> None:
-        """Release the gradients without an update; the chunk's step count stays, its states leave when they must."""
+        """Release the gradients without an update; the chunk's step count stays, its states leave when they
+        must.
+        """
         self.begin(visit, 0.0)
         self.chunks[visit.chunk_index].num_updates -= 1
         for piece in active:
@@ -146,7 +151,9 @@ class ChunkOptimizer:
         piece.release_gradient()
 
     def finish(self, active: list[ActiveSlice]) -> None:
-        """All slices that got a gradient are updated: states of the others leave with the visit's last update."""
+        """All slices that got a gradient are updated: states of the others leave with the visit's last
+        update.
+        """
         assert self._visit is not None
         visit, self._visit = self._visit, None
         states = self.chunks[visit.chunk_index]
@@ -246,7 +253,9 @@ class _SliceUpdate:
 
 
 def _moments(here: States, layout: StateLayout) -> list[Tensor]:
-    """A block's moments in fp32: the stored tensors themselves, or new ones; 8-bit ones fill their last 256."""
+    """A block's moments in fp32: the stored tensors themselves, or new ones; 8-bit ones fill
+    their last 256.
+    """
     found = []
     for i, is_signed in enumerate(MOMENT_SIGNS[layout.rule]):
         stored = here[f"moment{i}"]
@@ -288,7 +297,8 @@ def _write_back(exact: Tensor, weight: Tensor, here: States, noise: Generator | 
 
 
 def clip_(active: list[ActiveSlice], max_norm: float | None, loss_scale: float = 1.0) -> float | None:
-    """Scale the active gradients in place so that their total norm is at most ``max_norm``; returns the norm before.
+    """Scale the active gradients in place so that their total norm is at most ``max_norm``; returns the norm
+    before.
 
     Both norms are those of the gradients divided by ``loss_scale``.
     """

@@ -1,12 +1,12 @@
 """8-bit optimizer states: codes of a dynamic map, and one fp32 scale per 256 elements.
 
-The map covers seven decades below a block's largest magnitude, each with twice the levels of the one below it, so that
-large values are fine and small ones are not lost. Rounding between two levels is stochastic: a moment that decays by
-less than a level per update still decays. A second moment that is not zero never becomes zero, which would let its
-weight leap.
+The map covers seven decades below a block's largest magnitude, each with twice the levels of the one below
+it, so that large values are fine and small ones are not lost. Rounding between two levels is stochastic: a
+moment that decays by less than a level per update still decays. A second moment that is not zero never
+becomes zero, which would let its weight leap.
 
-Source: block-wise dynamic quantisation, Dettmers et al., arXiv 2110.02861; the levels and the rounding are ours
-(docs/decisions/0006-eight-bit-states.md).
+Source: block-wise dynamic quantisation, Dettmers et al., arXiv 2110.02861; the levels and the rounding are
+ours (docs/decisions/0006-eight-bit-states.md).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def dequantise(codes: Tensor, scales: Tensor, is_signed: bool) -> Tensor:
 
 
 def quantise(exact: Tensor, codes: Tensor, scales: Tensor, is_signed: bool, noise: Generator | None) -> None:
-    """Write fp32 ``exact`` [numel], a multiple of 256 long, into uint8 ``codes`` [numel] and ``scales`` [numel / 256].
+    """Write fp32 ``exact`` [numel], a multiple of 256 long, into uint8 ``codes`` [numel] and ``scales``
+    [numel / 256].
 
     ``exact`` is overwritten; ``noise`` decides which way values between two levels are rounded.
     """
@@ -86,7 +87,9 @@ def quantise(exact: Tensor, codes: Tensor, scales: Tensor, is_signed: bool, nois
 
 
 def _codes(normalised: Tensor, is_signed: bool, noise: Generator | None) -> Tensor:
-    """Rounds to bf16 first, then to a level: both at random and right on average. Draws 31 bits per element."""
+    """Rounds to bf16 first, then to a level: both at random and right on average. Draws 31 bits
+    per element.
+    """
     _, lower, chances = tables(is_signed, normalised.device)
     bits = (normalised.abs() if is_signed else normalised).view(torch.int32)
     drawn = torch.empty_like(bits).random_(generator=noise)

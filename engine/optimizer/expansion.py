@@ -1,11 +1,12 @@
 """Landscape expansion: a cheap update, in the same backward pass, of parameters outside the active chunk.
 
-The gradient passes through the layers above the active chunk anyway. With expansion their weights take a step too,
-tensor by tensor as each gradient appears, with second moments factored into a row and a column per matrix; then the
-gradient is freed. The cut tensors' other rows and everything below the chunk stay as they are.
+The gradient passes through the layers above the active chunk anyway. With expansion their weights take a step
+too, tensor by tensor as each gradient appears, with second moments factored into a row and a column per
+matrix; then the gradient is freed. The cut tensors' other rows and everything below the chunk stay as they
+are.
 
-Sources: BREAD (landscape expansion of block coordinate descent, NeurIPS 2025); the factored update is Adafactor's,
-arXiv 1804.04235 (:mod:`chunkplan.engine.optimizer.factored`).
+Sources: BREAD (landscape expansion of block coordinate descent, NeurIPS 2025); the factored update is
+Adafactor's, arXiv 1804.04235 (:mod:`chunkplan.engine.optimizer.factored`).
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Expansion:
             moments.num_updates = int(state[f"count.{name}"])
 
     def watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
-        """Make the parameter trainable, and update it as soon as its gradient is complete: until the handle is gone."""
+        """Make the parameter trainable, and update it as soon as its gradient is complete: until the handle
+        is gone.
+        """
         parameter.requires_grad_(True)
         shape, moments = matrix_shape(parameter.shape), self.moments[name]
 

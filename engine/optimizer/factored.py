@@ -1,7 +1,7 @@
 """Second moments factored into a row and a column per matrix, and the update that follows from them.
 
-Source: Adafactor, arXiv 1804.04235, without momentum and without its relative step size. Shared by the optimizer
-``adafactor`` (the active chunk) and by landscape expansion (what lies above it).
+Source: Adafactor, arXiv 1804.04235, without momentum and without its relative step size. Shared by the
+optimizer ``adafactor`` (the active chunk) and by landscape expansion (what lies above it).
 """
 
 from __future__ import annotations

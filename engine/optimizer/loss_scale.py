@@ -1,8 +1,10 @@
-"""Dynamic loss scaling: keeps small fp16 gradients from vanishing, and updates from taking those that overflowed.
+"""Dynamic loss scaling: keeps small fp16 gradients from vanishing, and updates from taking those that
+overflowed.
 
-The loss is multiplied by the scale, so gradients arrive scaled; they are divided again in fp32, where the update is
-computed. An overflow skips the update: its micro-batches and its place in the schedule are spent, the chunk's step
-count is not, and the scale is halved. The schedule moves on, so that a chunk whose gradients overflow is never stuck.
+The loss is multiplied by the scale, so gradients arrive scaled; they are divided again in fp32, where the
+update is computed. An overflow skips the update: its micro-batches and its place in the schedule are spent,
+the chunk's step count is not, and the scale is halved. The schedule moves on, so that a chunk whose gradients
+overflow is never stuck.
 
 Source: Mixed Precision Training, arXiv 1710.03740, section 3.2, and the usual dynamic rule.
 """

@@ -1,7 +1,8 @@
-"""16-bit weights and their fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves over.
+"""16-bit weights and their fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves
+over.
 
-What stochastic rounding draws depends on the place and the update alone, not on what was drawn before: an update gives
-the same weights whenever in the step it happens.
+What stochastic rounding draws depends on the place and the update alone, not on what was drawn before: an
+update gives the same weights whenever in the step it happens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Noise:
         self._generators: dict[torch.device, Generator] = {}
 
     def at(self, device: torch.device, *place: int | str) -> Generator | None:
-        """The generator on ``device``, set to the beginning of what belongs to this place; None where nothing runs."""
+        """The generator on ``device``, set to the beginning of what belongs to this place; None where nothing
+        runs.
+        """
         if device.type == "meta":
             return None
         if device not in self._generators:
@@ -36,7 +39,8 @@ class Noise:
 
 
 def stochastic_round_(exact: Tensor, noise: Generator | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Round fp32 to values of bf16 or fp16 in place, up or down, so that the mean is exact. Returns ``exact``.
+    """Round fp32 to values of bf16 or fp16 in place, up or down, so that the mean is exact. Returns
+    ``exact``.
 
     Beyond fp16's largest number, values become that number: nothing else could be right on average.
     """
@@ -50,28 +54,34 @@ def stochastic_round_(exact: Tensor, noise: Generator | None = None, dtype: torc
 
 
 def _stochastic_round_fp16_(exact: Tensor, noise: Generator | None) -> Tensor:
-    """In units of fp16's spacing, which below 2**-14 is that of the subnormals, every product here is exact."""
+    """In units of fp16's spacing, which below 2**-14 is that of the subnormals, every product
+    here is exact.
+    """
     exponent = torch.frexp(exact).exponent.clamp_(min=_FP16_MIN_EXPONENT)
     unit = torch.ldexp(torch.ones_like(exact), exponent.sub_(_FP16_DIGITS))
     exact.div_(unit)
     drawn = torch.rand(exact.shape, dtype=exact.dtype, device=exact.device, generator=noise)
-    # Down to an integer after the noise was added would round the sum first: compare with the fraction instead.
+    # Down to an integer after the noise was added would round the sum first: compare with the fraction
+    # instead.
     floor = exact.floor()
     exact.sub_(floor).gt_(drawn).add_(floor).mul_(unit)
     return exact.clamp_(-_FP16_MAX, _FP16_MAX)
 
 
 def join(rounded: Tensor, residual: Tensor) -> Tensor:
-    """The fp32 master of a bf16 weight and its residual: their bit patterns, added. New tensor of the same shape."""
+    """The fp32 master of a bf16 weight and its residual: their bit patterns, added. New tensor of the same
+    shape.
+    """
     bits = rounded.view(torch.int16).to(torch.int32).mul_(_LOW_HALF).add_(residual)
     return bits.view(torch.float32)
 
 
 def split(exact: Tensor, rounded: Tensor, residual: Tensor) -> None:
-    """Round the fp32 master to nearest into ``rounded`` (bf16), and write what is left over into ``residual`` (int16).
+    """Round the fp32 master to nearest into ``rounded`` (bf16), and write what is left over into ``residual``
+    (int16).
 
-    The difference of the bit patterns lies in [−2¹⁵, 2¹⁵], and 2¹⁵ itself, a tie that was rounded down to even, is
-    the one value that int16 lacks: there the weight keeps its rounding away from even instead.
+    The difference of the bit patterns lies in [−2¹⁵, 2¹⁵], and 2¹⁵ itself, a tie that was rounded down to
+    even, is the one value that int16 lacks: there the weight keeps its rounding away from even instead.
     """
     rounded.copy_(exact)
     difference = exact.view(torch.int32) - rounded.view(torch.int16).to(torch.int32).mul_(_LOW_HALF)

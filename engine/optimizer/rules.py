@@ -1,7 +1,7 @@
 """Elementwise optimizers as update rules on one block of fp32 weights and moments.
 
-A block of a slice of a tensor is updated exactly as it would be within the whole tensor. Adafactor is not elementwise:
-see :mod:`chunkplan.engine.optimizer.factored`.
+A block of a slice of a tensor is updated exactly as it would be within the whole tensor. Adafactor is not
+elementwise: see :mod:`chunkplan.engine.optimizer.factored`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What an optimizer keeps beside the weights of a slice: which tensors, how large, and where. Imports no torch.
+"""What an optimizer keeps beside the weights of a slice: which tensors, how large, and where. Imports no
+torch.
 
 The optimizer makes its tensors by this layout, and the planner adds up their sizes by it.
 """
@@ -8,10 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from chunkplan.engine.spec import Master, Optimizer, Precision, ScheduleSpec, StateDtype, TrainingSpec, resolved_state_dtype
+from chunkplan.engine.spec import (
+    Master,
+    Optimizer,
+    Precision,
+    ScheduleSpec,
+    StateDtype,
+    TrainingSpec,
+    resolved_state_dtype,
+)
 
 BLOCK_NUMEL = 4 * 2**20
-"""Elements updated at a time: AdamW's fp32 states of a block take 32 MiB, a bf16 weight's temporaries 48 MiB."""
+"""Elements updated at a time: AdamW's fp32 states of a block take 32 MiB, a bf16 weight's temporaries 48 MiB.
+"""
 SCALED_NUMEL = 256
 """Elements of an 8-bit state that share a scale."""
 
@@ -61,7 +71,8 @@ class StateLayout:
         return StateLayout(training.optimizer, dtype, schedule.states, master)
 
     def blocks(self, numel: int, num_columns: int) -> list[tuple[int, int]]:
-        """(first element, number of elements) of the parts in which a slice is updated; only the last is smaller.
+        """(first element, number of elements) of the parts in which a slice is updated; only the last is
+        smaller.
 
         Args:
             numel: elements of the slice.

@@ -1,8 +1,8 @@
 """How states travel between host and device while a chunk is updated block by block.
 
-On a GPU, a block's states are copied in on one side stream while the block before it is copied out on another: two
-buffers take turns, and the device holds no more than two blocks' states. On the CPU copies and updates follow one
-another, with one buffer.
+On a GPU, a block's states are copied in on one side stream while the block before it is copied out on
+another: two buffers take turns, and the device holds no more than two blocks' states. On the CPU copies and
+updates follow one another, with one buffer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from chunkplan.engine.optimizer.state_layout import StateLayout, StateTensor, largest_tensors
 
 BlockKey = tuple[int, int]
-"""Ordinal of the slice within its chunk, and first element of the block within the slice; WHOLE: of all its blocks."""
+"""Ordinal of the slice within its chunk, and first element of the block within the slice; WHOLE: of all its
+blocks."""
 WHOLE = -1
 States = dict[str, Tensor]
 """Tensors by name: ``moment0``, ``scale0``, …, ``row``, ``column``, ``residual``, ``master``."""
@@ -26,7 +27,9 @@ States = dict[str, Tensor]
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: how often it was updated, the run's number of its last update, and its blocks' states."""
+    """One chunk's states: how often it was updated, the run's number of its last update, and its blocks'
+    states.
+    """
 
     num_updates: int = 0
     last_update: int = -1
@@ -42,7 +45,8 @@ class Lane:
         """How many blocks' states are brought before their turn."""
 
     def bring(self, copy: Callable[[], None], after: Any) -> Any:
-        """Copy in after all work that was started so far, and after the ticket ``after`` (of a copy out, or None).
+        """Copy in after all work that was started so far, and after the ticket ``after`` (of a copy out, or
+        None).
 
         Returns:
             A ticket to wait for.
@@ -50,7 +54,9 @@ class Lane:
         copy()
 
     def send(self, copy: Callable[[], None]) -> Any:
-        """Copy out after all work that was started so far; returns a ticket, after which earlier ones are done too."""
+        """Copy out after all work that was started so far; returns a ticket, after which earlier ones are
+        done too.
+        """
         copy()
 
     def wait(self, ticket: Any) -> None:
@@ -108,8 +114,8 @@ class Passage:
         lane: where the copies run.
         wanted: the tensors of every block, in the order of the updates.
         device: of the weights.
-        passes_through: all states both come and leave: ``lane.ahead`` + 1 buffers, allocated here, are lent to the
-            blocks in turn.
+        passes_through: all states both come and leave: ``lane.ahead`` + 1 buffers, allocated here, are lent
+            to the blocks in turn.
     """
 
     def __init__(
@@ -136,7 +142,9 @@ class Passage:
         """Buffers that no block has now, and the copy out of each that a copy in must come after."""
 
     def take(self, key: BlockKey) -> States:
-        """A block's states, there for the work that is started next; those of the following are on their way."""
+        """A block's states, there for the work that is started next; those of the following are
+        on their way.
+        """
         for due in (key, *self._following.get(key, ())):
             if due not in self._chunk.device:
                 self._come(due)
@@ -197,7 +205,9 @@ class Passage:
 
 
 def host_like(tensor: Tensor) -> Tensor:
-    """Host memory for a state: pinned for a GPU; when the device is the CPU, pages outside torch's allocator."""
+    """Host memory for a state: pinned for a GPU; when the device is the CPU, pages outside
+    torch's allocator.
+    """
     if tensor.device.type == "cpu":
         pages = mmap.mmap(-1, max(tensor.numel() * tensor.element_size(), 1))
         return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel())

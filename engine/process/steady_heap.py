@@ -1,11 +1,12 @@
-"""How a trainer's process uses the C library's heap (glibc): steadily, so that its resident memory can be planned.
+"""How a trainer's process uses the C library's heap (glibc): steadily, so that its resident memory can be
+planned.
 
-glibc moves its thresholds while a program runs, and keeps what was freed for later: blocks that do not fit the holes
-make the heap grow, and nobody can say by how much. Here every block of 256 KiB or more is mapped on its own, and goes
-back to the system when it is freed, so that resident memory is what tensors hold. The kernel has to clear such pages
-again each time: docs/decisions/0012-calibration.md has what was measured, and what that costs.
-Small blocks share a heap without per-thread caches, whose slivers keep holes from joining; it is trimmed after every
-update and evaluation. Imports no torch.
+glibc moves its thresholds while a program runs, and keeps what was freed for later: blocks that do not fit
+the holes make the heap grow, and nobody can say by how much. Here every block of 256 KiB or more is mapped on
+its own, and goes back to the system when it is freed, so that resident memory is what tensors hold. The
+kernel has to clear such pages again each time: docs/decisions/0012-calibration.md has what was measured, and
+what that costs. Small blocks share a heap without per-thread caches, whose slivers keep holes from joining;
+it is trimmed after every update and evaluation. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _SETTINGS = (
 
 
 def run_with_steady_heap() -> None:
-    """Begin this program anew, in the same process, with the settings in its environment, unless they are there.
+    """Begin this program anew, in the same process, with the settings in its environment, unless they are
+    there.
 
     The C library reads them before anything else runs. Where it is another one, they mean nothing.
     """

@@ -1,9 +1,9 @@
 """What a run's memory really did: the allocator's own record by phase, host memory, seconds.
 
-On the CPU the record comes from torch's profiler: every memory event carries the allocator's running total. It counts
-blocks allocated while a window is open, so the first window must be open while the model is loaded. On CUDA it comes
-from torch.cuda's memory statistics. Nothing here looks at the planner: measured and predicted come from different
-sources.
+On the CPU the record comes from torch's profiler: every memory event carries the allocator's running total.
+It counts blocks allocated while a window is open, so the first window must be open while the model is loaded.
+On CUDA it comes from torch.cuda's memory statistics. Nothing here looks at the planner: measured and
+predicted come from different sources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Peaks of one phase of one step, bytes; seconds in it. One that ran repeatedly has its maxima and total time."""
+    """Peaks of one phase of one step, bytes; seconds in it. One that ran repeatedly has its maxima and total
+    time.
+    """
 
     phase: str
     allocated_bytes: int
@@ -59,7 +61,9 @@ class Sample:
 
 
 class CpuProfiler:
-    """Reads torch's CPU allocator through profiler memory events. Allocated is reserved: there is no cache."""
+    """Reads torch's CPU allocator through profiler memory events. Allocated is reserved: there is
+    no cache.
+    """
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -165,12 +169,16 @@ _highest_bytes = 0
 
 
 def process_peak_bytes() -> int:
-    """Highest resident memory of this process since it began, whatever was reset meanwhile; 0 where nobody tells."""
+    """Highest resident memory of this process since it began, whatever was reset meanwhile; 0 where nobody
+    tells.
+    """
     return max(_highest_bytes, host_peak_bytes())
 
 
 def reset_host_peak() -> None:
-    """Start the kernel's high-water mark of this process's resident memory anew (Linux; elsewhere it only rises)."""
+    """Start the kernel's high-water mark of this process's resident memory anew (Linux; elsewhere it only
+    rises).
+    """
     global _highest_bytes
     _highest_bytes = process_peak_bytes()
     try:

@@ -1,4 +1,6 @@
-"""A run's events as TensorBoard scalars, in RUN/tensorboard: look at them with ``tensorboard --logdir RUN``."""
+"""A run's events as TensorBoard scalars, in RUN/tensorboard: look at them with ``tensorboard
+--logdir RUN``.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ Report = Callable[..., None]
 class TensorBoard:
     """Passes events on to ``report``, and writes those that are numbers over updates as scalars.
 
-    A resumed run goes on in a file of its own, which begins by taking back the steps that it does again. Where the
-    folder cannot be written, the run goes on without, after one warning.
+    A resumed run goes on in a file of its own, which begins by taking back the steps that it does again.
+    Where the folder cannot be written, the run goes on without, after one warning.
 
     Args:
         folder: made when the run starts.

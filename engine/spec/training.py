@@ -1,32 +1,15 @@
-"""What a user can ask for: the training spec and the job spec, shared by engine, planner and service.
-
-Imports no torch: servers and cached plans load this module.
+"""The training spec: everything about a step that decides its memory and its time, and what a job
+adds to it.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
 from chunkplan.engine.errors import InputError
-
-
-class SpecModel(BaseModel):
-    """Base of every request model: unknown fields and values of another type are errors, instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class Choice(StrEnum):
-    """Base of what a request chooses from, by name."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: type[Choice], handler: GetCoreSchemaHandler) -> CoreSchema:
-        names_come_as_plain_strings = {"strict": False}
-        return cast(CoreSchema, {**handler(source), **names_come_as_plain_strings})
+from chunkplan.engine.spec.base import Choice, SpecModel
 
 
 class Order(Choice):
@@ -92,10 +75,12 @@ class ScheduleSpec(SpecModel):
     state_dtype: StateDtype = StateDtype.FP32
     """bf16 and int8 states are rounded stochastically. The optimizer ``adamw8bit`` has int8 states."""
     master: Master = Master.NONE
-    """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long as the
-    chunk is visited. ``residual``: an exact fp32 master, whose low 16 bits are kept on the host for ever."""
+    """For bf16 weights. ``none``: updated in fp32, rounded stochastically. ``fp32``: an fp32 copy for as long
+    as the chunk is visited. ``residual``: an exact fp32 master, whose low 16 bits are kept on the host for
+    ever."""
     expansion: Literal["none", "factored"] = "none"
-    """``factored``: parameters above the active chunk take a step too, in backward, with factored second moments."""
+    """``factored``: parameters above the active chunk take a step too, in backward, with factored second
+    moments."""
 
 
 class CheckpointedLayers(SpecModel):
@@ -105,7 +90,9 @@ class CheckpointedLayers(SpecModel):
 
 
 class LoraSpec(SpecModel):
-    """Low-rank adapters (arXiv 2106.09685): y = W x + alpha / rank · B A x, where only A and B are trained, in fp32."""
+    """Low-rank adapters (arXiv 2106.09685): y = W x + alpha / rank · B A x, where only A and B are trained,
+    in fp32.
+    """
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
@@ -121,14 +108,16 @@ class TrainingSpec(SpecModel):
     """Everything about a training step that decides its memory and its time."""
 
     method: Literal["chunkft", "full", "lora"] = "chunkft"
-    """``full`` and ``lora`` are the schedule with one chunk: of all parameters, or of adapters on frozen weights."""
+    """``full`` and ``lora`` are the schedule with one chunk: of all parameters, or of adapters on frozen
+    weights."""
     seq_len: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     packing: bool = False
     """Short rows share a sequence of ``seq_len`` tokens without seeing each other."""
     precision: Precision = Precision.BF16
-    """Of the weights, and of the computation where ``autocast`` does not say otherwise. fp16 scales the loss."""
+    """Of the weights, and of the computation where ``autocast`` does not say otherwise. fp16 scales the loss.
+    """
     autocast: Literal["none", "bf16", "fp16"] = "none"
     """For fp32 weights: data type of matrix products and the like."""
     optimizer: Optimizer = Optimizer.ADAMW
@@ -140,7 +129,8 @@ class TrainingSpec(SpecModel):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the active chunk's gradients to this total norm; ``null`` turns clipping off."""
     update_in_backward: bool = False
-    """Update each slice as soon as its gradient is complete, and free it: a chunk's gradients never exist together."""
+    """Update each slice as soon as its gradient is complete, and free it: a chunk's gradients never exist
+    together."""
     lora: LoraSpec | None = None
     """Of method ``lora``, which takes the defaults where nothing is given."""
 
@@ -262,7 +252,8 @@ class JobTraining(TrainingSpec):
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-5
     expansion_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Of parameters outside the active chunk, with ``expansion: factored``; default a third of ``learning_rate``."""
+    """Of parameters outside the active chunk, with ``expansion: factored``; default a third of
+    ``learning_rate``."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     lr_schedule_by: Literal["cycle", "update"] = "cycle"
     """``cycle``: every chunk sees the same rates; ``update``: the rate changes with every update."""
@@ -285,153 +276,3 @@ class JobTraining(TrainingSpec):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give max_steps or epochs, not both")
         return self
-
-
-class ModelPath(SpecModel):
-    """A local Hugging Face folder (config.json; safetensors for training)."""
-
-    path: Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-class ModelConfig(SpecModel):
-    """An architecture given inline: the content of a Hugging Face config.json."""
-
-    config: dict[str, Any]
-
-
-ModelRef = Annotated[str, Field(min_length=1, max_length=256)] | ModelPath | ModelConfig
-
-
-class DatasetSpec(SpecModel):
-    """Training data: a local file (``path``) or an uploaded one (``file_id``)."""
-
-    path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    file_id: str | None = None
-    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of rows held out for evaluation, from the end of a seeded shuffle; 0 where there is validation data."""
-    validation_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """Rows of a file of their own to evaluate on, in the same format, instead of a share of the others."""
-    validation_file_id: str | None = None
-    """The same, of an uploaded file."""
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether evaluation has a file of its own."""
-        return self.validation_path is not None or self.validation_file_id is not None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DatasetSpec:
-        if (self.path is None) == (self.file_id is None):
-            raise ValueError("give exactly one of path and file_id")
-        if self.validation_path is not None and self.validation_file_id is not None:
-            raise ValueError("give one of validation_path and validation_file_id, not both")
-        if self.has_validation and self.eval_fraction > 0:
-            if "eval_fraction" in self.model_fields_set:
-                raise ValueError("eval_fraction holds out rows where there is no validation file: leave it out")
-            object.__setattr__(self, "eval_fraction", 0.0)
-        return self
-
-
-class OutputSpec(SpecModel):
-    """What the job leaves behind."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
-    """Folder name of the exported model; default: base, size, method, data and the next free number."""
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,47}$")] | None = None
-    """Stands in the default name instead of the data's."""
-    merge: bool = False
-    """With method ``lora``: export the model with the adapters added to its weights, not the adapters."""
-
-    @model_validator(mode="after")
-    def _one_name(self) -> OutputSpec:
-        if self.name is not None and self.suffix is not None:
-            raise ValueError("give name or suffix, not both: a suffix is a part of the default name")
-        return self
-
-
-MetadataKey = Annotated[str, Field(pattern=r"^[ !#-\[\]-~]{1,64}$")]
-"""Printable ASCII without quotation mark and backslash."""
-MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
-
-
-class JobRequest(SpecModel):
-    """What a user submits: over HTTP, or as the job file of ``chunkplan train``."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = "job"
-    model: ModelRef
-    gpu: str | dict[str, Any] | None = None
-    """A catalog id, an inline GPU, a kind of device (``cpu``, ``cuda``), or a device of the server (``cuda:1``);
-    default: what the machine has."""
-    training: JobTraining = Field(default_factory=JobTraining)
-    dataset: DatasetSpec
-    output: OutputSpec = Field(default_factory=OutputSpec)
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
-    """The user's own notes on the job."""
-    plan_id: str | None = None
-
-    @model_validator(mode="after")
-    def _adapters_are_merged(self) -> JobRequest:
-        if self.output.merge and self.training.method != "lora":
-            raise ValueError("output.merge adds adapters to the weights: only for training.method 'lora'")
-        return self
-
-
-class RunSpec(SpecModel):
-    """One resolved job as the engine runs it (the worker's job.json): local paths, a fixed schedule, a device."""
-
-    job_id: str
-    name: str
-    model_path: str
-    model_name: str = ""
-    """For the model card and adapters: a Hugging Face name where there is one; default: the folder's name."""
-    dataset_path: str
-    dataset_name: str = ""
-    """For the model card; default: the file's name."""
-    dataset_format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    validation_path: str | None = None
-    """Evaluated on instead of held-out rows."""
-    training: JobTraining
-    output_name: str
-    merge: bool = False
-    predicted_peak_bytes: int | None = None
-    """Allocated bytes at the peak as planned; for the model card."""
-    device: str = "cpu"
-    """``cpu`` or ``cuda:N``."""
-
-
-def validation_field(location: tuple[int | str, ...]) -> str:
-    """Dotted field name of a pydantic error location, without the union-branch labels that pydantic inserts."""
-    labels = {"ScheduleSpec", "ModelPath", "ModelConfig", "CheckpointedLayers", "constrained-str", "body", "GpuSpec"}
-    parts = [str(part) for part in location]
-    return ".".join(p for p in parts if p not in labels and not p.startswith(("literal[", "function-", "dict[")))
-
-
-Spec = TypeVar("Spec", bound=BaseModel)
-
-
-def parse(spec: type[Spec], value: object) -> Spec:
-    """Validate ``value`` (a dict or JSON text) against ``spec``.
-
-    Raises:
-        InputError: names the first offending field and what it should be.
-    """
-    try:
-        if isinstance(value, str | bytes):
-            return spec.model_validate_json(value)
-        return spec.model_validate(value)
-    except ValidationError as error:
-        first = deepest_error(error)
-        raise InputError(first[0], first[1]) from error
-
-
-def deepest_error(error: ValidationError) -> tuple[str, str]:
-    """(field, message) of the error that says most: in a union, the branch that got furthest into the value."""
-    best = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
-    message = best["msg"].removeprefix("Value error, ")
-    given = best.get("input")
-    if isinstance(given, str | int | float) and not isinstance(given, bool) and len(str(given)) <= 100:
-        message = f"{message} (got {given!r})"
-    return validation_field(best["loc"]) or "request", message

@@ -1,8 +1,9 @@
 """The parameter stream and its partition into chunks, as pure data.
 
-The stream is the model's unique parameters in ``named_parameters()`` order, seen as one sequence of bytes. A chunk is
-a contiguous range of it. Cuts fall on rows (dimension 0) of tensors with two or more dimensions; one-dimensional
-tensors (norms, biases) are never cut. Every element of every parameter lies in exactly one chunk. Imports no torch.
+The stream is the model's unique parameters in ``named_parameters()`` order, seen as one sequence of bytes. A
+chunk is a contiguous range of it. Cuts fall on rows (dimension 0) of tensors with two or more dimensions;
+one-dimensional tensors (norms, biases) are never cut. Every element of every parameter lies in exactly one
+chunk. Imports no torch.
 
 Source: ChunkFT, arXiv 2605.21177 (byte stream, balanced by bytes); the rule about rows is ours
 (docs/decisions/0001-cuts.md).

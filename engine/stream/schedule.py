@@ -1,4 +1,6 @@
-"""Which chunk is active at which optimizer update, and at which rate: pure functions of the update's number."""
+"""Which chunk is active at which optimizer update, and at which rate: pure functions of the
+update's number.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A chunk schedule: its position is one integer, the number of the update, so nothing else needs to be saved."""
+    """A chunk schedule: its position is one integer, the number of the update, so nothing else needs to be
+    saved.
+    """
 
     num_chunks: int
     order: Order = Order.DESCENDING
@@ -40,7 +44,9 @@ class Schedule:
         return self.num_chunks * self.switch_every
 
     def cycle_order(self, cycle: int) -> list[int]:
-        """Chunk indices in the order in which the given cycle visits them; random orders are new in every cycle."""
+        """Chunk indices in the order in which the given cycle visits them; random orders are new in every
+        cycle.
+        """
         indices = list(range(self.num_chunks))
         if self.order is Order.DESCENDING:
             indices.reverse()
@@ -60,8 +66,9 @@ def rate_factor(
 ) -> float:
     """Learning-rate factor in (0, 1] at a position, from 0, in a schedule of ``length``: cycles, or updates.
 
-    The first ``warmup_ratio`` of them rise linearly; the rest stay (constant), fall linearly, or fall along a half
-    cosine, in such steps that one more would be at zero: the last update is always at the schedule's end.
+    The first ``warmup_ratio`` of them rise linearly; the rest stay (constant), fall linearly, or fall along a
+    half cosine, in such steps that one more would be at zero: the last update is always at the schedule's
+    end.
     """
     warmup = math.floor(warmup_ratio * length)
     if position < warmup:
@@ -101,8 +108,8 @@ HANDFUL = 5
 def few_updates_warning(schedule: ScheduleSpec, num_updates: int) -> str | None:
     """One sentence when a run updates each parameter fewer than :data:`HANDFUL` times; None when it does not.
 
-    Without expansion a parameter takes a step once in ``num_chunks`` updates. With it, a parameter also takes part in
-    the visits of every chunk below its own: (``num_chunks`` + 1) / 2 of a cycle's on average.
+    Without expansion a parameter takes a step once in ``num_chunks`` updates. With it, a parameter also takes
+    part in the visits of every chunk below its own: (``num_chunks`` + 1) / 2 of a cycle's on average.
     """
     num_chunks = schedule.num_chunks
     expands = schedule.expansion != "none"

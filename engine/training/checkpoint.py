@@ -1,11 +1,12 @@
 """Checkpoints: complete or absent, checked when read, incremental by chunk.
 
-A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and optimizer
-states of its slices), and ``manifest.json`` with the position, the random states, every file's size and SHA-256, and
-its own. It is written under a temporary name, synced, and renamed.
+A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per chunk that was ever updated (weights and
+optimizer states of its slices), and ``manifest.json`` with the position, the random states, every file's size
+and SHA-256, and its own. It is written under a temporary name, synced, and renamed.
 
-Files of chunks that did not change are hard links to the same files of the checkpoints that this one replaces. So an
-unchanged chunk is not written again, and yet no two checkpoints that are kept share a file: damage hits one of them.
+Files of chunks that did not change are hard links to the same files of the checkpoints that this one
+replaces. So an unchanged chunk is not written again, and yet no two checkpoints that are kept share a file:
+damage hits one of them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where training goes on: after update ``step``, with its notes; a sentence per checkpoint passed over."""
+    """Where training goes on: after update ``step``, with its notes; a sentence per checkpoint
+    passed over.
+    """
 
     step: int
     notes: dict[str, Any]
@@ -57,7 +60,8 @@ class Resumed:
 def save_checkpoint(
     tuner: ChunkFT, folder: Path, fingerprint: str, notes: dict[str, Any], keep: int = 2
 ) -> SavedCheckpoint:
-    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; remove older ones beyond ``keep``.
+    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; remove older ones beyond
+    ``keep``.
 
     Args:
         tuner: between two updates.
@@ -110,7 +114,8 @@ def save_checkpoint(
 
 
 def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
-    """Load the newest checkpoint that is whole into a tuner built on the base model; step 0 when there is none.
+    """Load the newest checkpoint that is whole into a tuner built on the base model; step 0 when there is
+    none.
 
     Raises:
         CheckpointError: the newest whole checkpoint belongs to another run.
@@ -140,7 +145,9 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
 
 
 def _changed_chunks(tuner: ChunkFT) -> list[tuple[int, ChunkStates]]:
-    """The chunks whose weights differ from the base model's; with expansion all do, and all changed just now."""
+    """The chunks whose weights differ from the base model's; with expansion all do, and all
+    changed just now.
+    """
     chunks = tuner.optimizer.chunks
     if tuner.expansion is None:
         return sorted(chunks.items())

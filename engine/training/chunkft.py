@@ -18,14 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.gradients.activation import Activation, ActiveSlice
 from chunkplan.engine.model.adapters import adapter_rate_factor
+from chunkplan.engine.model.tasks import Task, task_of
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
-from chunkplan.engine.optimizer.rules import DEFAULT_BETAS
+from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.optimizer.loss_scale import LossScale
+from chunkplan.engine.optimizer.rules import DEFAULT_BETAS
+from chunkplan.engine.spec import (
+    CheckpointedLayers,
+    Master,
+    Optimizer,
+    Order,
+    StateDtype,
+    TrainingSpec,
+    resolved_state_dtype,
+)
+from chunkplan.engine.stream.parameters import ParameterStream
 from chunkplan.engine.stream.schedule import Schedule, Visit
-from chunkplan.engine.spec import CheckpointedLayers, Master, Optimizer, Order, StateDtype, TrainingSpec, resolved_state_dtype
 from chunkplan.engine.training.step import (
     Observer,
     StepOptions,
@@ -36,8 +46,6 @@ from chunkplan.engine.training.step import (
     num_counted_tokens,
     prepared,
 )
-from chunkplan.engine.stream.parameters import ParameterStream
-from chunkplan.engine.model.tasks import Task, task_of
 
 
 class ChunkFT:
@@ -51,19 +59,23 @@ class ChunkFT:
         switch_every: optimizer updates per visit.
         states: ``keep`` optimizer states in host memory between visits, or ``reset`` them.
         state_dtype: how states are stored; they are computed in fp32. Default: fp32, int8 for ``adamw8bit``.
-        master: what keeps the precision that bf16 weights lack, see :class:`chunkplan.engine.spec.ScheduleSpec`.
+        master: what keeps the precision that bf16 weights lack, see
+            :class:`chunkplan.engine.spec.ScheduleSpec`.
         optimizer: the update rule.
         betas: of the rule; default: what is usual for it.
         max_grad_norm: clip the active chunk's gradient norm; None turns it off.
-        update_in_backward: update each slice as soon as its gradient is complete, and free it; takes ``max_grad_norm``
-            None and one backward pass per update.
+        update_in_backward: update each slice as soon as its gradient is complete, and free it; takes
+            ``max_grad_norm`` None and one backward pass per update.
         loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
         activation_checkpointing: ``full``, ``none``, or chosen layers.
         autocast: data type of matrix products and the like; the weights are fp32.
-        packing: rows share sequences, told apart by a batch's ``position_ids``, which start from 0 at every row.
-        expansion: ``factored``: parameters above the active chunk take a step too, see :mod:`chunkplan.engine.optimizer.expansion`.
+        packing: rows share sequences, told apart by a batch's ``position_ids``, which start from 0 at every
+            row.
+        expansion: ``factored``: parameters above the active chunk take a step too, see
+            :mod:`chunkplan.engine.optimizer.expansion`.
         expansion_lr: their learning rate, like ``lr``; default a third of it.
-        parameters: ``all``, or only those that are ``trainable`` when the tuner is made; the others stay frozen.
+        parameters: ``all``, or only those that are ``trainable`` when the tuner is made; the others stay
+            frozen.
         rate_factor: a parameter's learning rate over ``lr``, by its name.
         observer: is told the phases of each step.
 
@@ -159,7 +171,9 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> Self:
-        """What a training spec with a fixed schedule asks for; for method ``lora``, of a model with adapters."""
+        """What a training spec with a fixed schedule asks for; for method ``lora``, of a model
+        with adapters.
+        """
         schedule = training.schedule
         assert schedule != "auto", "the planner resolves 'auto' before anything runs"
         return cls(
@@ -208,22 +222,22 @@ class ChunkFT:
         """Forward and backward of one micro-batch on the active chunk; gradients add up until :meth:`step`.
 
         Args:
-            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. For causal models, an
-                ``attention_mask`` that pads on the right may come along: causal attention never looks there; with
-                packing, ``position_ids`` instead. Masked models take any ``attention_mask`` and ``token_type_ids``,
-                encoder-decoder models an encoder's ``attention_mask``, ``decoder_input_ids`` and
-                ``decoder_attention_mask``.
-            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the update.
-                Default: of this one.
-            is_last: no micro-batch of this update follows. Matters with expansion only, whose steps happen in backward:
-                all micro-batches of an update must see the same weights.
+            batch: ``input_ids`` and ``labels``, [batch, sequence], on the model's device. For causal models,
+                an ``attention_mask`` that pads on the right may come along: causal attention never looks
+                there; with packing, ``position_ids`` instead. Masked models take any ``attention_mask`` and
+                ``token_type_ids``, encoder-decoder models an encoder's ``attention_mask``,
+                ``decoder_input_ids`` and ``decoder_attention_mask``.
+            denominator: what the summed token loss is divided by: counted tokens of all micro-batches of the
+                update. Default: of this one.
+            is_last: no micro-batch of this update follows. Matters with expansion only, whose steps happen in
+                backward: all micro-batches of an update must see the same weights.
 
         Returns:
             The detached loss, a scalar.
 
         Raises:
-            InputError: the batch holds something else that would change the result, or it comes after weights were
-                already updated in the backward pass of a batch before it.
+            InputError: the batch holds something else that would change the result, or it comes after weights
+                were already updated in the backward pass of a batch before it.
         """
         _check_batch(batch, self.task, packing=self.packing)
         if denominator is None:
@@ -251,7 +265,8 @@ class ChunkFT:
             self._has_expanded = is_last
 
     def step(self) -> float | None:
-        """Update the active chunk, and move on when the next one is due. Returns the gradient norm before clipping.
+        """Update the active chunk, and move on when the next one is due. Returns the gradient norm before
+        clipping.
 
         In fp16, gradients that overflowed skip the update: :attr:`was_skipped` says so, and there is no norm.
         """

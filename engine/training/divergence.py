@@ -12,15 +12,18 @@ PATIENCE = 8
 """Updates in a row."""
 NUM_FIRST_LOSSES = 8
 MIN_HELD_OUT_TOKENS = 200
-"""From this many on, the held-out loss before training says what the beginning was; one row says too little."""
+"""From this many on, the held-out loss before training says what the beginning was; one row says too little.
+"""
 
 
 class LossWatch:
-    """Sees when the loss has been more than :data:`MARGIN` above the beginning for :data:`PATIENCE` updates in a row.
+    """Sees when the loss has been more than :data:`MARGIN` above the beginning for :data:`PATIENCE` updates
+    in a row.
 
-    The beginning is the held-out loss before training, or else the median of the first eight updates' losses. As the
-    latter may already have gone wrong, it counts for no more than ln(vocabulary), the loss of guessing. A batch's loss
-    strays by a nat or two from row to row; eight in a row beyond three do not happen to a model that learns.
+    The beginning is the held-out loss before training, or else the median of the first eight updates' losses.
+    As the latter may already have gone wrong, it counts for no more than ln(vocabulary), the loss of
+    guessing. A batch's loss strays by a nat or two from row to row; eight in a row beyond three do not happen
+    to a model that learns.
 
     Args:
         vocabulary_size: of the model's head.

@@ -13,14 +13,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from chunkplan.engine.model.recomputation import checkpointed
-from chunkplan.engine.gradients.cut_parameter import autocast_kind
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.model.packed_rows import check_isolation
+from chunkplan.engine.gradients.cut_parameter import autocast_kind
 from chunkplan.engine.gradients.fused_loss import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy
 from chunkplan.engine.model.loading import DTYPES, decoder_layers, head, head_input
-from chunkplan.engine.spec import CheckpointedLayers, Precision
+from chunkplan.engine.model.packed_rows import check_isolation
+from chunkplan.engine.model.recomputation import checkpointed
 from chunkplan.engine.model.tasks import model_inputs, num_counted_tokens, task_of
+from chunkplan.engine.spec import CheckpointedLayers, Precision
 
 __all__ = [
     "Observer", "StepOptions", "Unobserved", "check_fused_loss", "check_packing", "compute_loss", "evaluate",
@@ -81,7 +81,9 @@ def prepared(model: nn.Module, options: StepOptions) -> Iterator[None]:
 
 
 def compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepOptions) -> Tensor:
-    """The task's loss of a batch (see :mod:`chunkplan.engine.model.tasks`): sum over counted tokens / ``denominator``, a scalar."""
+    """The task's loss of a batch (see :mod:`chunkplan.engine.model.tasks`): sum over counted tokens /
+    ``denominator``, a scalar.
+    """
     with options.autocasting(batch["labels"].device):
         return _compute_loss(model, batch, denominator, options)
 
@@ -89,7 +91,8 @@ def compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: flo
 def _compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepOptions) -> Tensor:
     task, labels = task_of(model), batch["labels"]
     inputs = model_inputs(model, batch, task)
-    # A causal model's last position predicts nothing. Labels move instead of the states, which need no copy then.
+    # A causal model's last position predicts nothing. Labels move instead of the states, which need no copy
+    # then.
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if task.shifts_labels else labels
     if options.loss == "standard":
         # Own losses are means over the batch's counted tokens, whatever arguments a family knows.
@@ -109,7 +112,9 @@ def forward_backward(
     options: StepOptions,
     observer: Observer,
 ) -> Tensor:
-    """One micro-batch: forward, then backward into the active chunk's leaves. Returns the detached loss, a scalar."""
+    """One micro-batch: forward, then backward into the active chunk's leaves. Returns the detached loss, a
+    scalar.
+    """
     with observer.phase("forward"):
         loss = compute_loss(model, batch, denominator, options)
     with observer.phase("backward"):
@@ -133,7 +138,8 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options:
 
 
 def check_fused_loss(model: nn.Module) -> None:
-    """Compare fused and own loss of the model on a few tokens, so that an unknown family cannot train on a wrong loss.
+    """Compare fused and own loss of the model on a few tokens, so that an unknown family cannot train on a
+    wrong loss.
 
     Raises:
         InputError: they differ.

@@ -1,7 +1,7 @@
 """One training attempt from its spec to its exported model, told top-down.
 
-The trainer reports what happens through a function that takes an event's type and fields (docs/architecture.md lists
-them); it neither prints nor knows who listens.
+The trainer reports what happens through a function that takes an event's type and fields
+(docs/architecture.md lists them); it neither prints nor knows who listens.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chunkplan.engine.training.checkpoint import resume, save_checkpoint
-from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.data import Batches, DatasetSplits, Example, collate, load_dataset, with_validation
-from chunkplan.engine.training.divergence import MARGIN, PATIENCE, LossWatch
+from chunkplan.engine.data.token_store import remove_store
 from chunkplan.engine.export.model_folder import ModelCard, base_license, export_model
 from chunkplan.engine.files import sha256_text
-from chunkplan.engine.process.steady_heap import trim_heap
 from chunkplan.engine.model.adapters import add_adapters, merge_adapters
 from chunkplan.engine.model.loading import check_model_folder, load_model, load_tokenizer, pad_token_id
-from chunkplan.engine.record.profiler import Sample, process_peak_bytes, profiler_for
-from chunkplan.engine.optimizer.loss_scale import MAX_SKIPPED_IN_ROW
-from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning, learning_rate
-from chunkplan.engine.spec import RunSpec, ScheduleSpec
-from chunkplan.engine.training.step import evaluate, num_counted_tokens
-from chunkplan.engine.data.token_store import remove_store
 from chunkplan.engine.model.tasks import BatchPreparation, Task
+from chunkplan.engine.optimizer.loss_scale import MAX_SKIPPED_IN_ROW
+from chunkplan.engine.process.steady_heap import trim_heap
+from chunkplan.engine.record.profiler import Sample, process_peak_bytes, profiler_for
+from chunkplan.engine.spec import RunSpec, ScheduleSpec
+from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning, learning_rate
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.training.chunkft import ChunkFT
+from chunkplan.engine.training.coverage import parameter_digests, updated_share
+from chunkplan.engine.training.divergence import MARGIN, PATIENCE, LossWatch
+from chunkplan.engine.training.step import evaluate, num_counted_tokens
 
 Report = Callable[..., None]
 
@@ -284,7 +284,9 @@ class Trainer:
         )
 
     def _held_out_batches(self, held_out: Sequence[Example], samples: list[Sample]) -> Iterator[dict[str, Tensor]]:
-        """Each within a window of the record that is open while its loss is computed; leaves the phase's sample."""
+        """Each within a window of the record that is open while its loss is computed; leaves the phase's
+        sample.
+        """
         size = self.training.micro_batch_size
         for i in range(0, len(held_out), size):
             with self.profiler.step(), self.profiler.phase("evaluation"):

@@ -1,9 +1,9 @@
 """Simulator of PyTorch's CUDA caching allocator: what it reserves for a stream of allocations and frees.
 
-Follows c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13, default settings but for ``expandable_segments``):
-rounding, best fit by (size, address), splitting, merging, release of unsplit segments before giving up. Not modelled:
-``record_stream`` (a block is reusable once it is freed), ``max_split_size_mb``, garbage collection, private pools.
-All sizes are bytes. Pure: no I/O, no torch.
+Follows c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13, default settings but for
+``expandable_segments``): rounding, best fit by (size, address), splitting, merging, release of unsplit
+segments before giving up. Not modelled: ``record_stream`` (a block is reusable once it is freed),
+``max_split_size_mb``, garbage collection, private pools. All sizes are bytes. Pure: no I/O, no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class OutOfDeviceMemoryError(Exception):
 
 
 class _Block:
-    """A range of one segment: live, free (cached) or, in an expandable segment, address space without memory."""
+    """A range of one segment: live, free (cached) or, in an expandable segment, address space
+    without memory.
+    """
 
     __slots__ = ("address", "next", "pool", "previous", "size", "state")
 
@@ -55,7 +57,9 @@ class _Block:
 
 
 class _Pool:
-    """Free blocks of one stream and size class, sorted by (size, address): ``keys`` and ``blocks`` run in parallel."""
+    """Free blocks of one stream and size class, sorted by (size, address): ``keys`` and ``blocks`` run in
+    parallel.
+    """
 
     __slots__ = ("blocks", "is_small", "keys", "page", "split_from", "unmapped")
 
@@ -104,7 +108,8 @@ class CachingAllocator:
         self._next_address = 0
 
     def malloc(self, block_id: int, size_bytes: int, stream: int = 0) -> None:
-        """Allocate ``size_bytes`` under a name of the caller's choice; zero bytes take nothing, as in PyTorch.
+        """Allocate ``size_bytes`` under a name of the caller's choice; zero bytes take nothing, as in
+        PyTorch.
 
         Raises:
             OutOfDeviceMemoryError: the capacity does not suffice.
@@ -225,7 +230,9 @@ class CachingAllocator:
         return block
 
     def _map(self, block: _Block, size: int) -> _Block | None:
-        """Put whole pages under the first ``size`` bytes of an unmapped block; returns the merged free block."""
+        """Put whole pages under the first ``size`` bytes of an unmapped block; returns the merged
+        free block.
+        """
         pool = block.pool
         mapped_bytes = -(-size // pool.page) * pool.page
         if not self._reserve(mapped_bytes):
@@ -285,7 +292,9 @@ def _split(block: _Block, size: int) -> None:
 
 
 def _merge(block: _Block, state: int) -> _Block:
-    """Join ``block`` (in no list) with the neighbours of its segment that are in ``state``; returns the result."""
+    """Join ``block`` (in no list) with the neighbours of its segment that are in ``state``; returns the
+    result.
+    """
     pool = block.pool
     before = block.previous
     if before is not None and before.state == state:
@@ -334,7 +343,9 @@ def _lowest_run(pool: _Pool, size: int) -> _Block:
 
 
 def _least_expandable(blocks: list[_Block], at: int) -> int:
-    """Among the blocks from ``at`` on, walk to one that could grow less (unmapped space behind a block counts)."""
+    """Among the blocks from ``at`` on, walk to one that could grow less (unmapped space behind a block
+    counts).
+    """
     while at + 1 < len(blocks) and _expandable_size(blocks[at + 1]) < _expandable_size(blocks[at]):
         at += 1
     return at

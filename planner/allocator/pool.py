@@ -1,9 +1,10 @@
 """One pool of the caching allocator, in which what happened before is known when it happens again. Pure.
 
-Follows :class:`chunkplan.planner.allocator.caching.CachingAllocator` in its classic mode without a limit: pools do not touch each other,
-and segments only come. What is free follows then from the segments and from where the live blocks lie. These two are a
-state; the same program makes the same of it every time, and a cycle is full of repetition: the layers below a chunk in
-every visit, the layers above it once those on top of them are done.
+Follows :class:`chunkplan.planner.allocator.caching.CachingAllocator` in its classic mode without a limit:
+pools do not touch each other, and segments only come. What is free follows then from the segments and from
+where the live blocks lie. These two are a state; the same program makes the same of it every time, and a
+cycle is full of repetition: the layers below a chunk in every visit, the layers above it once those on top of
+them are done.
 
 Sizes and addresses count blocks of 512 bytes.
 """
@@ -41,8 +42,9 @@ def units(size_bytes: int) -> int:
 def shortened(ops: Sequence[Op]) -> list[Op]:
     """Those that leave everything as it was, unless they need a segment, are put together.
 
-    What takes blocks and gives all of them back, and no others, leaves the same blocks live where they were. It needs
-    no segment where a free extent is as large as all of them together: its end stays free, wherever the rest is put.
+    What takes blocks and gives all of them back, and no others, leaves the same blocks live where they were.
+    It needs no segment where a free extent is as large as all of them together: its end stays free, wherever
+    the rest is put.
     """
     given = {name for size, name in ops if not size}
     marks: dict[int, int] = {}
@@ -79,7 +81,8 @@ def shortened(ops: Sequence[Op]) -> list[Op]:
 
 
 def _marks(num_ops: int) -> list[int]:
-    """Stand for operations by their positions: sets of them are told apart by the exclusive or of their marks.
+    """Stand for operations by their positions: sets of them are told apart by the exclusive or of their
+    marks.
 
     Random ones of 128 bits, the same in every process: that two sets look alike is one chance in 2^128.
     """
@@ -183,8 +186,8 @@ class Pool:
     def _simulated(self, ops: Sequence[Op], shift: int) -> int:
         """The state after operations.
 
-        Of equal ones in a row that give back all that they take, those after the first that needed no segment change
-        nothing.
+        Of equal ones in a row that give back all that they take, those after the first that needed no segment
+        change nothing.
         """
         self.num_simulated += len(ops)
         before = self._states[self._state]

@@ -1,4 +1,5 @@
-"""Questions the other way round: the largest batch or length that fits; what a device holds, and what holds a model.
+"""Questions the other way round: the largest batch or length that fits; what a device holds, and what holds a
+model.
 
 Imports no torch, like every other plan.
 """
@@ -11,8 +12,8 @@ from typing import Literal
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ScheduleSpec, TrainingSpec, default_schedule
-from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model, gpus, models
 from chunkplan.planner.answers.plan import MAX_MICRO_BATCH_TOKENS, Outline, Planner, plan
+from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model, gpus, models
 from chunkplan.planner.search.choose import AUTO_CHUNKS, explain
 from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest, Result
 
@@ -53,8 +54,9 @@ class Fit(Result):
 def largest(request: PlanRequest, field: Grown) -> Largest:
     """The largest ``seq_len`` or ``micro_batch_size`` with which the request fits; all else stays as it is.
 
-    ``schedule: auto`` is searched with the finest schedule that it would take. Few traces: between the ends only the
-    chunks that were the highest so far are looked at, and the answer and its successor are planned whole.
+    ``schedule: auto`` is searched with the finest schedule that it would take. Few traces: between the ends
+    only the chunks that were the highest so far are looked at, and the answer and its successor are planned
+    whole.
     """
     return _Growth(request, field).run()
 
@@ -90,7 +92,9 @@ class _Growth:
         return self._answer(low, self._most_why if high > self._most else self._why_not(high))
 
     def _search(self, low: int, high: int) -> int:
-        """Largest multiple of the step in [``low``, ``high``) that seems to fit: it doubles, then halves the rest."""
+        """Largest multiple of the step in [``low``, ``high``) that seems to fit: it doubles, then halves the
+        rest.
+        """
         reach = max(low, self._step)
         while reach < high and self._seems_to_fit(reach):
             low, reach = reach, 2 * reach

@@ -9,20 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.engine.spec import ScheduleSpec, TrainingSpec
-from chunkplan.planner.trace.store import TraceStore, cache_dir, code_digest
+from chunkplan.engine.stream.chunks import Chunk
+from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner.calibration.margins import Margin, calibration
 from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Moment
 from chunkplan.planner.catalog.overheads import Overheads, host_threads, overheads
-from chunkplan.planner.footprint.run_phases import host_phases, run_phases
-from chunkplan.planner.footprint.cpu_process import HOST_DATA_BYTES, PEFT_BYTES, compiled_kernels_bytes, cpu_process_bytes
+from chunkplan.planner.footprint.cpu_process import (
+    HOST_DATA_BYTES,
+    PEFT_BYTES,
+    compiled_kernels_bytes,
+    cpu_process_bytes,
+)
+from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Moment
 from chunkplan.planner.footprint.reserved import reserved_bytes
-from chunkplan.planner.timing.run_time import run_time, tokens_per_update
-from chunkplan.planner.trace.step_trace import CATEGORIES
+from chunkplan.planner.footprint.run_phases import host_phases, run_phases
+from chunkplan.planner.paths import cache_dir
 from chunkplan.planner.spec import (
     Breakdown,
     ChunkPlan,
@@ -36,11 +39,15 @@ from chunkplan.planner.spec import (
     Timeline,
     TimelinePoint,
 )
+from chunkplan.planner.timing.run_time import run_time, tokens_per_update
+from chunkplan.planner.trace.step_trace import CATEGORIES
+from chunkplan.planner.trace.store import TraceStore
+from chunkplan.planner.version import code_digest, planner_version
 
-PLANNER_VERSION = "2"
 MAX_MICRO_BATCH_TOKENS = 2**20
 _MOST_WARM = 6
-"""Models, specs and devices whose traces a process keeps: tens of megabytes each. ``auto`` looks at six specs."""
+"""Models, specs and devices whose traces a process keeps: tens of megabytes each. ``auto`` looks at six
+specs."""
 _WARM: dict[tuple[str, ...], Footprints] = {}
 """The last ones, the newest at the end."""
 
@@ -224,7 +231,9 @@ class Planner:
         return found
 
     def floor_bytes(self, training: TrainingSpec) -> int:
-        """Device bytes that no schedule goes below: weights, libraries, context, and the bound's fixed part."""
+        """Device bytes that no schedule goes below: weights, libraries, context, and the bound's
+        fixed part.
+        """
         structure, extra = self.footprints(training).structure, self.overheads
         if self.gpu.kind == "cpu":
             return structure.parameter_bytes + extra.runtime_bytes + HOST_DATA_BYTES + self.margin.fixed_bytes
@@ -233,7 +242,9 @@ class Planner:
 
 
 def _check_work(training: TrainingSpec) -> None:
-    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes block by block."""
+    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes
+    block by block.
+    """
     if training.seq_len * training.micro_batch_size > MAX_MICRO_BATCH_TOKENS:
         field = "seq_len" if training.seq_len > MAX_MICRO_BATCH_TOKENS else "micro_batch_size"
         raise InputError(f"training.{field}", f"a micro-batch may hold at most {MAX_MICRO_BATCH_TOKENS} tokens")
@@ -241,7 +252,8 @@ def _check_work(training: TrainingSpec) -> None:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Reference cycles wait until the end: looking for them again and again took a third of the time of a plan.
+    """Reference cycles wait until the end: looking for them again and again took a third of the time of a
+    plan.
 
     What a plan makes are hundreds of thousands of small objects that stay, and no cycles.
     """
@@ -261,7 +273,8 @@ def plan(request: PlanRequest) -> Plan:
     """Answer a request: the footprint of its schedule, or of the one that ``auto`` finds.
 
     Raises:
-        InputError: an unknown model or GPU, a config that cannot be built, more chunks than rows, …; names the field.
+        InputError: an unknown model or GPU, a config that cannot be built, more chunks than rows, …; names
+            the field.
     """
     from chunkplan.planner.search.choose import alternatives, choose, front
 
@@ -269,7 +282,7 @@ def plan(request: PlanRequest) -> Plan:
     chosen = choose(planner)
     return Plan(
         id=plan_id(request, planner),
-        planner_version=PLANNER_VERSION,
+        planner_version=planner_version(),
         calibration=planner.margin.version,
         time_ratio=planner.margin.time_ratio,
         request=request,
@@ -291,7 +304,9 @@ def plan(request: PlanRequest) -> Plan:
 
 @_no_collections()
 def timeline(request: PlanRequest) -> Timeline:
-    """The footprint over one cycle in the schedule's order: the highest moment of every segment of every step."""
+    """The footprint over one cycle in the schedule's order: the highest moment of every segment of every
+    step.
+    """
     from chunkplan.planner.search.choose import choose
 
     planner = Planner(request)
@@ -311,7 +326,7 @@ def plan_id(request: PlanRequest, planner: Planner) -> str:
     """Content address: request, device, model, calibration and planner decide it."""
     asked = request.model_dump(mode="json")
     device = planner.gpu.model_dump(mode="json")
-    versions = [PLANNER_VERSION, planner.margin.version, code_digest()]
+    versions = [planner.margin.version, code_digest()]
     content = [asked, device, planner.model.config, *versions]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return f"plan_{digest[:24]}"

@@ -1,10 +1,11 @@
-"""Bounds from what runs measured: how far above its plan a run of a device may go, and how much longer it may take.
+"""Bounds from what runs measured: how far above its plan a run of a device may go, and how much longer it may
+take.
 
-A calibration is a file of observations, each a finished run beside its plan. What the planner takes from it is
-computed when it is read, so that the data stay beside the figures that come from them. The file is
-``CHUNKPLAN_CALIBRATION``, by default ``calibration.json`` beside the traces; ``chunkplan profiles calibrate`` writes
-it. Without a file, or for devices that it does not name, the observations that come with the planner hold
-(``calibration.json`` in this package, from ``benchmarks.trainer_process``), and without any of those
+A calibration is a file of observations, each a finished run beside its plan. What the planner takes from it
+is computed when it is read, so that the data stay beside the figures that come from them. The file is
+``CHUNKPLAN_CALIBRATION``, by default ``calibration.json`` beside the traces; ``chunkplan profiles calibrate``
+writes it. Without a file, or for devices that it does not name, the observations that come with the planner
+hold (``calibration.json`` in this package, from ``benchmarks.trainer_process``), and without any of those
 :data:`DEFAULTS`. Imports no torch.
 """
 
@@ -24,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import SpecModel
-from chunkplan.planner.trace.store import cache_dir
+from chunkplan.planner.paths import cache_dir
 from chunkplan.planner.spec import GpuSpec, Plan, Result
 
 _MIB = 2**20
@@ -42,25 +43,31 @@ DEFAULTS: Mapping[str, tuple[float, int]] = {
 }
 """Of devices nobody has measured, by kind: share of all but the weights that a bound adds, and bytes on top.
 
-CUDA's kernels' scratch is tabulated, not measured per device; ROCm and Apple devices are planned by its rules.
+CUDA's kernels' scratch is tabulated, not measured per device; ROCm and Apple devices are planned by its
+rules.
 """
 
 
 class Observation(SpecModel):
-    """One finished run beside its plan. Device bytes: reserved and context on a GPU, the process on the CPU."""
+    """One finished run beside its plan. Device bytes: reserved and context on a GPU, the process
+    on the CPU.
+    """
 
     plan_id: str
     predicted_bytes: Annotated[int, Field(gt=0, le=2**50)]
     weights_bytes: Annotated[int, Field(ge=0, le=2**50)]
     measured_bytes: Annotated[int, Field(gt=0, le=2**50)]
     time_ratio: Annotated[float, Field(gt=0, lt=1e9)] | None = None
-    """Measured over predicted time of an update, before any correction; None where it is not to be learned from."""
+    """Measured over predicted time of an update, before any correction; None where it is not to be learned
+    from."""
 
     @classmethod
     def of(
         cls, plan: Plan, *, reserved_bytes: int, process_bytes: int, step_seconds: float | None
     ) -> Observation | None:
-        """What a finished run of a plan has shown; None where its memory is not known any more (0 bytes), or grew."""
+        """What a finished run of a plan has shown; None where its memory is not known any more (0 bytes), or
+        grew.
+        """
         if plan.request.gpu == "cpu" or (isinstance(plan.request.gpu, GpuSpec) and plan.request.gpu.kind == "cpu"):
             measured = process_bytes
         else:
@@ -93,7 +100,9 @@ class Margin(Result):
 
     @property
     def version(self) -> str:
-        """Equal for devices and files from which the same plans follow; ``default`` where nobody has measured."""
+        """Equal for devices and files from which the same plans follow; ``default`` where nobody has
+        measured.
+        """
         if self.num_runs == 0:
             return "default"
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
@@ -114,12 +123,12 @@ def fit(kind: str, observations: Iterable[Observation], *, shipped: bool = False
     Args:
         kind: the device's.
         observations: finished runs on it.
-        shipped: they come with the planner, from another machine: the default's bytes stay whole, for libraries that
-            take more here than there.
+        shipped: they come with the planner, from another machine: the default's bytes stay whole, for
+            libraries that take more here than there.
 
-    The share is the highest residual, which a further run of the same sort exceeds with a chance of 1 in n + 1, and
-    the default's share over n + 1: a bound is never below anything that was measured, and few runs widen it. Times
-    are corrected by the median of their ratios.
+    The share is the highest residual, which a further run of the same sort exceeds with a chance of 1 in n +
+    1, and the default's share over n + 1: a bound is never below anything that was measured, and few runs
+    widen it. Times are corrected by the median of their ratios.
     """
     known = list(observations)[-MAX_OBSERVATIONS:]
     share, fixed_bytes = DEFAULTS[kind]

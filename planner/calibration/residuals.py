@@ -47,8 +47,8 @@ def residuals(plan: Plan, samples: Iterable[MeasuredSample]) -> list[Residual]:
 
     Args:
         plan: the run's plan.
-        samples: in any order; a phase's measured peak is the highest of its samples. Phases that the plan does not
-            predict (loading a batch) are left out.
+        samples: in any order; a phase's measured peak is the highest of its samples. Phases that the plan
+            does not predict (loading a batch) are left out.
 
     Returns:
         Of every chunk that was measured, its phases in the plan's order and then ``step``; by chunk.

@@ -1,6 +1,7 @@
 """Checks of a model configuration, in milliseconds, before anything is built from it.
 
-Names differ between families (``num_hidden_layers``, ``n_layer``): each fact has one list of its spellings here.
+Names differ between families (``num_hidden_layers``, ``n_layer``): each fact has one list of its spellings
+here.
 """
 
 from __future__ import annotations

@@ -18,16 +18,20 @@ from chunkplan.planner.spec import GpuSpec
 MIB = 1024**2
 _BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "amd", "instinct", "radeon", "graphics", "gpu"})
 _MEMORY_TOLERANCE = 0.06
-"""Drivers differ by a few per cent in the total of one card (ECC, reserved regions); other memory sizes by more."""
+"""Drivers differ by a few per cent in the total of one card (ECC, reserved regions); other memory sizes by
+more."""
 
 
 def gpus() -> list[GpuSpec]:
-    """Every catalog row, in the file's order: consumer, Apple, workstation, data centre. ``name`` is the catalog id."""
+    """Every catalog row, in the file's order: consumer, Apple, workstation, data centre. ``name`` is the
+    catalog id.
+    """
     return list(_by_id().values())
 
 
 def find_gpu(ref: str | GpuSpec) -> GpuSpec:
-    """The device that ``ref`` names: a catalog id, a common or driver name, ``cpu`` (this machine), or itself.
+    """The device that ``ref`` names: a catalog id, a common or driver name, ``cpu`` (this machine), or
+    itself.
 
     Raises:
         InputError: no such device; names near matches.
@@ -50,9 +54,11 @@ def detect_gpu() -> GpuSpec:
 
 
 def detect_gpus() -> list[GpuSpec]:
-    """The CUDA devices that this process may use, as the driver describes them, in the order of their numbers.
+    """The CUDA devices that this process may use, as the driver describes them, in the order of their
+    numbers.
 
-    Rates come from the catalog, memory from the driver. A device that the catalog lacks gets modest default rates.
+    Rates come from the catalog, memory from the driver. A device that the catalog lacks gets modest default
+    rates.
 
     Raises:
         InputError: the process sees a slice of a GPU (MIG), whose memory the driver's tool does not list.
@@ -135,7 +141,9 @@ def _match(name: str, memory_bytes: int) -> GpuSpec | None:
 
 
 def _driver_devices() -> list[tuple[str, int, str]]:
-    """(name, memory bytes, compute capability) of the devices that nvidia-smi lists and this process may see."""
+    """(name, memory bytes, compute capability) of the devices that nvidia-smi lists and this
+    process may see.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.startswith("MIG"):
         raise InputError("gpu", "a MIG slice cannot be detected; give its name and memory_bytes")
@@ -155,7 +163,9 @@ def _driver_devices() -> list[tuple[str, int, str]]:
 
 
 def _visible(rows: list[list[str]], names: list[str]) -> Iterator[list[str]]:
-    """The rows that CUDA_VISIBLE_DEVICES names, by number or by the start of the UUID, up to the first unknown one."""
+    """The rows that CUDA_VISIBLE_DEVICES names, by number or by the start of the UUID, up to the first
+    unknown one.
+    """
     for name in map(str.strip, names):
         found = next((row for row in rows if name == row[0] or _begins(row[1], name)), None)
         if found is None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from chunkplan.planner.spec import GpuSpec
 
 CORE_FLOPS = 8e10
-"""fp32 FLOP/s that one server core sustains in matrix products: 86 to 93 GFLOP/s measured on a 2.6 GHz Zen 5 core."""
+"""fp32 FLOP/s that one server core sustains in matrix products: 86 to 93 GFLOP/s measured on a 2.6 GHz Zen 5
+core."""
 BF16_UNIT_SPEEDUP = 4.0
-"""Of bf16 products over fp32 ones where the core has bf16 instructions: 4.4 to 4.7 measured on the same core."""
+"""Of bf16 products over fp32 ones where the core has bf16 instructions: 4.4 to 4.7 measured on the same core.
+"""
 CORE_BANDWIDTH = 4e9
 """Bytes/s of an eager operation on one core. Measured: 1.5 to 3.3 GB/s into fresh pages, 17 GB/s in place."""
 SOCKET_BANDWIDTH = 1.0e11
@@ -18,7 +20,9 @@ SOCKET_BANDWIDTH = 1.0e11
 
 
 def host_as_gpu() -> GpuSpec:
-    """This machine as a device: memory under its limits, modest rates scaled by the number of usable cores."""
+    """This machine as a device: memory under its limits, modest rates scaled by the number of
+    usable cores.
+    """
     cores = usable_cores()
     bandwidth = min(SOCKET_BANDWIDTH, cores * CORE_BANDWIDTH)
     return GpuSpec(

@@ -42,10 +42,12 @@ def models() -> list[ModelEntry]:
 
 
 def find_model(ref: ModelRef) -> ModelEntry:
-    """The architecture that ``ref`` names, checked: catalog id, Hugging Face name, local folder or inline config.
+    """The architecture that ``ref`` names, checked: catalog id, Hugging Face name, local folder or inline
+    config.
 
     Raises:
-        InputError: unknown name (with near matches), unreadable folder, or a configuration that cannot be built.
+        InputError: unknown name (with near matches), unreadable folder, or a configuration that cannot be
+            built.
     """
     if isinstance(ref, ModelPath):
         return _from_folder(Path(ref.path))

@@ -15,16 +15,20 @@ MIB = 1024**2
 DEFAULT_CUDA_VERSION = "13.0"
 """CUDA version of the torch 2.13 wheels from PyPI."""
 NUM_CUBLAS_WORKSPACES = 2
-"""One per thread and stream that multiplies: the main thread (forward) and autograd's (backward, recomputation)."""
+"""One per thread and stream that multiplies: the main thread (forward) and autograd's (backward,
+recomputation)."""
 
 ONEDNN_SCRATCH_BYTES = 193 * 1024
-"""Buffers of one bf16 product on the CPU, per thread. Measured: the largest of 12 shapes, AVX-512, torch 2.13."""
+"""Buffers of one bf16 product on the CPU, per thread. Measured: the largest of 12 shapes, AVX-512, torch
+2.13."""
 ONEDNN_TRANSPOSED_BYTES = 914
-"""The same for a transposed left matrix (a weight's gradient), per element of the inner dimension: largest of 6."""
+"""The same for a transposed left matrix (a weight's gradient), per element of the inner dimension: largest of
+6."""
 ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
 """Where that stops to grow. Measured at inner dimensions 1024 and 2048."""
 FILE_ITEMSIZE = 2
-"""Bytes per parameter of the weights' file, whose pages are resident while they are read; nearly all are bf16."""
+"""Bytes per parameter of the weights' file, whose pages are resident while they are read; nearly all are
+bf16."""
 
 
 def host_threads() -> int:
@@ -40,15 +44,19 @@ class Overheads:
     """Bytes outside of the traced tensors."""
 
     context_bytes: int
-    """On the device, outside of the allocator: CUDA context and the kernels that a training step loads. CPU: 0."""
+    """On the device, outside of the allocator: CUDA context and the kernels that a training step loads. CPU:
+    0."""
     workspace_bytes: int
-    """One matrix-multiplication workspace, allocated through the caching allocator at the first product. CPU: 0."""
+    """One matrix-multiplication workspace, allocated through the caching allocator at the first product. CPU:
+    0."""
     num_workspaces: int
     """How many of them live for the whole run."""
     runtime_bytes: int
-    """Host memory of the process with torch and transformers loaded, before any model. Not allocated bytes."""
+    """Host memory of the process with torch and transformers loaded, before any model. Not allocated bytes.
+    """
     driver_reserved_bytes: int
-    """Part of ``GpuSpec.memory_bytes`` that no process gets: nvidia-smi's total less cudaMemGetInfo's. CPU: 0."""
+    """Part of ``GpuSpec.memory_bytes`` that no process gets: nvidia-smi's total less cudaMemGetInfo's. CPU:
+    0."""
     sources: dict[str, str]
     """Where each number comes from, by field name."""
 
@@ -118,7 +126,8 @@ _RUNTIME_CUDA = _Row(
 
 
 def overheads(gpu: GpuSpec) -> Overheads:
-    """The constants for a device: what the spec gives, else the table's row for its generation and CUDA version.
+    """The constants for a device: what the spec gives, else the table's row for its generation and CUDA
+    version.
 
     An unknown compute capability gets the table's largest values.
     """
@@ -141,9 +150,9 @@ def attention_backward_scratch_bytes(
 ) -> int:
     """Temporaries inside FlashAttention-2's backward kernel on CUDA, which meta kernels do not allocate.
 
-    An fp32 accumulator of the query gradient and the row sums (sequence padded to 128, head size to 32 or, above 192,
-    to 256), and, with grouped queries, key and value gradients of every query head before they are summed.
-    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
+    An fp32 accumulator of the query gradient and the row sums (sequence padded to 128, head size to 32 or,
+    above 192, to 256), and, with grouped queries, key and value gradients of every query head before they are
+    summed. Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
     """
     rows = batch_size * num_heads * _round_up(seq_len, 128)
     padded_head_dim = _round_up(head_dim, 32) if head_dim <= 192 else 256
@@ -154,7 +163,9 @@ def attention_backward_scratch_bytes(
 
 
 def _pick(rows: tuple[_Row, ...], gpu: GpuSpec, cuda_version: str) -> _Row:
-    """The row of the device's capability with the newest CUDA version and the largest memory that do not exceed it."""
+    """The row of the device's capability with the newest CUDA version and the largest memory that do not
+    exceed it.
+    """
     own = [row for row in rows if row.compute_capability == gpu.compute_capability]
     if not own:
         is_rocm = gpu.kind == "rocm"

@@ -1,7 +1,7 @@
 """A cycle, event by event: every block that comes and goes, and what it is. Pure but for the trace store.
 
-What :mod:`chunkplan.planner.report.snapshot` shows. Reserved bytes follow from the same events, without going through each of them
-(:mod:`chunkplan.planner.footprint.reserved`).
+What :mod:`chunkplan.planner.report.snapshot` shows. Reserved bytes follow from the same events, without going
+through each of them (:mod:`chunkplan.planner.footprint.reserved`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from chunkplan.engine.stream.chunks import Slice
 from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.stream.chunks import Slice
+from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import ComposedSegment, compose
 from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Update, place_name, updates_of_visit
-from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.replay_programs import rule_events
 from chunkplan.planner.trace.step_trace import CATEGORIES
 from chunkplan.planner.trace.structure import stand_ins

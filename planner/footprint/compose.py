@@ -1,8 +1,8 @@
 """From traced blocks to the events of a whole step: repeats the layers that stand for many. Pure.
 
-A repeated layer refers to its neighbours' memory (it frees its predecessor's output, say). In the trace such a
-reference names a block by the segment it was born in and its number there; here the same number is looked up in the
-neighbour's copy, which is the same kind of layer.
+A repeated layer refers to its neighbours' memory (it frees its predecessor's output, say). In the trace such
+a reference names a block by the segment it was born in and its number there; here the same number is looked
+up in the neighbour's copy, which is the same kind of layer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ class CompositionError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ComposedSegment:
-    """One segment of the whole step: its traced segment, the real layer (or place outside the layers), its events.
+    """One segment of the whole step: its traced segment, the real layer (or place outside the layers), its
+    events.
 
-    Events are (block number, bytes, ordinal of the slice whose gradient it is or −1); negative bytes free the block.
+    Events are (block number, bytes, ordinal of the slice whose gradient it is or −1); negative bytes free the
+    block.
     """
 
     phase: str
@@ -43,7 +45,8 @@ def compose(
         trace: of the distinct layers of ``runs``.
         runs: the layers of the whole model.
         slice_numels: elements of the chunk's slices that the traced ones stand for (the first of each, see
-            :func:`chunkplan.planner.trace.structure.stand_ins`): gradients of cut ones are scaled from the traced sizes.
+            :func:`chunkplan.planner.trace.structure.stand_ins`): gradients of cut ones are scaled from the
+            traced sizes.
         itemsize: bytes per element of a gradient.
         slices: which slices those are; with them, events name the chunk's slices, else the traced ones.
 
@@ -123,7 +126,9 @@ def _copies(segments: Sequence[Segment], layers: _Layers) -> Iterator[tuple[Segm
 def _targets(
     segment: Segment, here: int, birth: tuple[str, int, int], layers: _Layers, shared: set[tuple[str, int, int]]
 ) -> list[int]:
-    """Real places whose block is freed when ``segment``, really at ``here``, frees a block with this birth."""
+    """Real places whose block is freed when ``segment``, really at ``here``, frees a block with
+    this birth.
+    """
     _, born_place, _ = birth
     if born_place < 0:
         return [born_place]

@@ -1,8 +1,9 @@
 """A traced step, folded: of each segment a few numbers instead of its events. Pure.
 
-Between two events whose sizes the planned chunk decides (the gradient of a slice comes or goes, memory that every copy
-of a layer shares is freed), all sizes are known from the trace: such a stretch is its highest moment and its net
-change. A chunk's footprint is then a sum over a few stretches, and a schedule's is arithmetic on integers.
+Between two events whose sizes the planned chunk decides (the gradient of a slice comes or goes, memory that
+every copy of a layer shares is freed), all sizes are known from the trace: such a stretch is its highest
+moment and its net change. A chunk's footprint is then a sum over a few stretches, and a schedule's is
+arithmetic on integers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ ZERO: Bytes = (0,) * len(CATEGORIES)
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A block whose size the chunk decides: the gradient of a slice, or one that several copies of a layer hold."""
+    """A block whose size the chunk decides: the gradient of a slice, or one that several copies of a layer
+    hold.
+    """
 
     size_bytes: int
     """As traced, not rounded."""
@@ -133,12 +136,14 @@ class FoldedStep:
     def totals(
         self, copies: Copies, sizes: Sequence[int], updates: Sequence[tuple[int, int]] = ()
     ) -> Iterator[tuple[int, int]]:
-        """(highest moment relative to the beginning, change) of every segment with its copies, in order of time.
+        """(highest moment relative to the beginning, change) of every segment with its copies, in order of
+        time.
 
         Args:
             copies: of the traced layers.
             sizes: of the variables.
-            updates: (highest moment, change) of each traced slice's update, where slices are updated in backward.
+            updates: (highest moment, change) of each traced slice's update, where slices are updated in
+                backward.
         """
         variables, num_copies = self.variables, copies.num
         for segment in self.segments:

@@ -1,4 +1,6 @@
-"""The footprint of every chunk's step: peaks by phase, their breakdown, seconds. Pure but for the trace store."""
+"""The footprint of every chunk's step: peaks by phase, their breakdown, seconds. Pure but for the trace
+store.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,27 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from chunkplan.engine.stream.chunks import Chunk, Slice, partition
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import Optimizer, ScheduleSpec, TrainingSpec
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
-from chunkplan.planner.trace.store import TraceStore
-from chunkplan.planner.footprint.folded import NO_COPIES, Bytes, Copies, FoldedStep, SegmentSummary, SliceUpdate, added, fold, rounded
+from chunkplan.engine.spec import Optimizer, ScheduleSpec, TrainingSpec
+from chunkplan.engine.stream.chunks import Chunk, Slice, partition
+from chunkplan.planner.footprint.folded import (
+    NO_COPIES,
+    Bytes,
+    Copies,
+    FoldedStep,
+    SegmentSummary,
+    SliceUpdate,
+    added,
+    fold,
+    rounded,
+)
 from chunkplan.planner.footprint.replay_programs import Interned, StepPrograms, UpdateProgram
-from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from chunkplan.planner.spec import GpuSpec
-from chunkplan.planner.trace.structure import ModelStructure, chunk_roles, stand_ins
 from chunkplan.planner.timing.roofline import Passage, Rates, passage, rates, transfer_seconds
+from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
+from chunkplan.planner.trace.store import TraceStore
+from chunkplan.planner.trace.structure import ModelStructure, chunk_roles, stand_ins
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
 _STATES, _OTHER = CATEGORIES.index("optimizer_states"), CATEGORIES.index("other")
@@ -43,7 +55,9 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One kind of update within a visit: whether the states come with it, whether they leave, how many there are."""
+    """One kind of update within a visit: whether the states come with it, whether they leave, how many there
+    are.
+    """
 
     comes: bool
     leaves: bool
@@ -87,7 +101,9 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _SliceFigures:
-    """The update of one slice in numbers: highest moments relative to its beginning, its change, its seconds."""
+    """The update of one slice in numbers: highest moments relative to its beginning, its change,
+    its seconds.
+    """
 
     clip_peak: int
     clip_seconds: float
@@ -157,7 +173,9 @@ class Footprints:
         return self._largest[num_chunks]
 
     def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
-        """The footprint of an update with ``chunk`` active: the highest over the kinds of update of a visit."""
+        """The footprint of an update with ``chunk`` active: the highest over the kinds of update
+        of a visit.
+        """
         step = self._step(chunk, expands=schedule.expansion == "factored")
         phase_peaks: dict[str, int] = {}
         total_seconds = 0.0
@@ -186,7 +204,9 @@ class Footprints:
         return max(peaks.values())
 
     def dense_seconds(self, schedule: ScheduleSpec) -> float:
-        """Of one update of all parameters whose states are on the device, before and after: dense fine-tuning."""
+        """Of one update of all parameters whose states are on the device, before and after: dense
+        fine-tuning.
+        """
         (chunk,) = self.chunks(1)
         dense = schedule.model_copy(update={"num_chunks": 1, "expansion": "none"})
         step = self._step(chunk, expands=False)
@@ -251,7 +271,9 @@ class Footprints:
         return self._update_programs[id(trace)]
 
     def _is_shared(self, update: Update) -> bool:
-        """Do the states of the whole chunk pass through the same buffers? Only where copies run beside updates."""
+        """Do the states of the whole chunk pass through the same buffers? Only where copies run beside
+        updates.
+        """
         return self.gpu.kind != "cpu" and update.comes and update.leaves and not self.training.update_in_backward
 
     def buffers(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> list[int]:
@@ -320,10 +342,11 @@ class Footprints:
         return self._states[key]
 
     def estimate(self, schedule: ScheduleSpec) -> tuple[int, float]:
-        """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart quickly.
+        """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart
+        quickly.
 
-        Steps are exact, updates of slices estimated (see :meth:`_rough_figures`); schedules that differ only in how
-        often a kind of update comes share everything.
+        Steps are exact, updates of slices estimated (see :meth:`_rough_figures`); schedules that differ only
+        in how often a kind of update comes share everything.
         """
         chunks = self.chunks(schedule.num_chunks)
         highest, seconds = 0, 0.0
@@ -474,7 +497,8 @@ class Footprints:
     def _rough_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
         """The same estimated from a few sizes that are traced; states by their layout.
 
-        Stands for the slice: one or two full blocks; below a block the next power of two, whose time is launches.
+        Stands for the slice: one or two full blocks; below a block the next power of two, whose time is
+        launches.
         """
         if self.training.optimizer is Optimizer.ADAFACTOR or self.training.update_in_backward:
             return self._slice_figures(piece, schedule, update)
@@ -500,7 +524,9 @@ class Footprints:
         )
 
     def _passage(self, piece: Slice, schedule: ScheduleSpec, update: Update, seconds: float) -> Passage:
-        """A slice's update of so many seconds, with what its states' way to the device and back adds to it."""
+        """A slice's update of so many seconds, with what its states' way to the device and back
+        adds to it.
+        """
         if self.gpu.kind == "cpu":
             return Passage(seconds, 0.0)  # copies are part of the traced work there
         one_way = transfer_seconds(self.host_bytes(piece, schedule), self.gpu)

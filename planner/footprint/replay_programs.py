@@ -1,16 +1,17 @@
 """A trace's segments as programs for the two pools of the allocator. Pure.
 
-A block that is born in a layer is named by how far above that layer the program is, so that all copies of a layer have
-one program, and chunks at different heights meet equal states (:mod:`chunkplan.planner.allocator.pool`).
+A block that is born in a layer is named by how far above that layer the program is, so that all copies of a
+layer have one program, and chunks at different heights meet equal states
+(:mod:`chunkplan.planner.allocator.pool`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
+from chunkplan.planner.allocator.pool import LARGEST_SMALL, Op, Program, shortened, units
 from chunkplan.planner.footprint.compose import births, freed_everywhere
 from chunkplan.planner.footprint.folded import Copies
-from chunkplan.planner.allocator.pool import LARGEST_SMALL, Op, Program, shortened, units
 from chunkplan.planner.trace.step_trace import HEAD, StepTrace
 
 OTHER_NAMES = -(1 << 60)
@@ -46,7 +47,9 @@ class Ops:
             self._pools[units(size_bytes) <= LARGEST_SMALL].append((0, name))
 
     def programs(self, known: Interned) -> tuple[Program | None, ...]:
-        """Of the large pool, and of the small one; None where there is nothing to do. Nothing is added any more."""
+        """Of the large pool, and of the small one; None where there is nothing to do. Nothing is added any
+        more.
+        """
         if self._programs is None:
             found = []
             for pool in self._pools:
@@ -83,8 +86,8 @@ class StepPrograms:
             copies: of the traced layers.
             numels: elements of the slices that the traced ones stand for.
             itemsize: bytes per element of a gradient.
-            update: called for a gradient that is freed, with the operations, its name, its size in bytes and the
-                ordinal of its traced slice; None frees it.
+            update: called for a gradient that is freed, with the operations, its name, its size in bytes and
+                the ordinal of its traced slice; None frees it.
         """
         ordinals = self._ordinals[index]
         layers = copies if self.trace.segments[index].place < 0 else None
@@ -121,7 +124,8 @@ class StepPrograms:
             else:
                 real = range(copies.first[place], copies.first[place] + copies.num[place])
                 if birth not in shared:
-                    # Outside the layers, neighbours are counted from the near end: the head follows the last layer.
+                    # Outside the layers, neighbours are counted from the near end: the head follows the last
+                    # layer.
                     real = real[-1:] if segment.place == HEAD else real[:1]
                 names = [_in_layer(phase, ordinal, base - layer) for layer in real]
             for name in names:
@@ -144,7 +148,9 @@ def base_of(place: int, copies: Copies) -> int:
 
 
 def seen_from(name: int, base: int) -> tuple[int, int]:
-    """A block of a layer or outside, wherever it is named from: ``base`` is where the program is that names it so."""
+    """A block of a layer or outside, wherever it is named from: ``base`` is where the program is that names
+    it so.
+    """
     return (name, 0) if name < 0 else (name >> 16, base - (name & _DISTANCE) + _HERE)
 
 

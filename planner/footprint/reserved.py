@@ -1,8 +1,8 @@
 """Reserved memory: what the simulated CUDA caching allocator makes of a cycle. Pure but for the trace store.
 
-The same as an event-by-event walk (:mod:`chunkplan.planner.footprint.block_events`) says, to the byte, but a segment of a step is simulated only
-in states of the allocator that were not met before, and without what it takes and gives back in one go, where a free
-extent has room for all of that.
+The same as an event-by-event walk (:mod:`chunkplan.planner.footprint.block_events`) says, to the byte, but a
+segment of a step is simulated only in states of the allocator that were not met before, and without what it
+takes and gives back in one go, where a free extent has room for all of that.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
+from chunkplan.engine.spec import ScheduleSpec
 from chunkplan.engine.stream.chunks import Slice
 from chunkplan.engine.stream.schedule import Schedule
-from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.planner.allocator.pool import Pool
+from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import CompositionError
 from chunkplan.planner.footprint.folded import Copies
 from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Update, updates_of_visit
-from chunkplan.planner.catalog.overheads import Overheads
-from chunkplan.planner.allocator.pool import Pool
 from chunkplan.planner.footprint.replay_programs import OTHER_NAMES, Ops, UpdateProgram, base_of, rule_events, seen_from
 from chunkplan.planner.trace.structure import stand_ins
 
@@ -25,7 +25,9 @@ from chunkplan.planner.trace.structure import stand_ins
 def reserved_bytes(
     footprints: Footprints, chunks: Iterable[ChunkFootprint], schedule: ScheduleSpec, overheads: Overheads
 ) -> int:
-    """Highest reserved bytes over one cycle in the schedule's order, weights and library workspaces included."""
+    """Highest reserved bytes over one cycle in the schedule's order, weights and library
+    workspaces included.
+    """
     replay = Replay(footprints, schedule)
     replay.load(overheads)
     by_index = {footprint.chunk.index: footprint for footprint in chunks}
@@ -146,7 +148,9 @@ class Replay:
                     gradients[ordinal] = name, pieces[ordinal].numel * self._itemsize
 
     def _add_update(self, ops: Ops, piece: Slice, update: Update, gradient: int, size_bytes: int) -> set[int]:
-        """The update of a slice, which frees its gradient; returns the names of states that stay on the device."""
+        """The update of a slice, which frees its gradient; returns the names of states that stay on the
+        device.
+        """
         trace = self._footprints.update_trace(piece, self._schedule, update)
         blocks = {0: (gradient, size_bytes)}
         for event in rule_events(trace):

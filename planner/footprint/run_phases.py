@@ -1,21 +1,23 @@
-"""The highest moments of a run's phases, in and around its steps: from loading the model to exporting it. Pure.
+"""The highest moments of a run's phases, in and around its steps: from loading the model to exporting it.
+Pure.
 
-On the device only steps can be the peak: loading, evaluating, and writing what was trained have no gradients and save
-nothing for backward. On the host of a GPU it is often the other way round.
+On the device only steps can be the peak: loading, evaluating, and writing what was trained have no gradients
+and save nothing for backward. On the host of a GPU it is often the other way round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.spec import Precision, ScheduleSpec
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
+from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.catalog.overheads import FILE_ITEMSIZE
+from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 from chunkplan.planner.spec import PhasePeak
 
 EXPORT_SHARD_BYTES = 50 * 10**9
-"""Of weights that are in host memory at once while a model on a GPU is exported: transformers' ``max_shard_size``."""
+"""Of weights that are in host memory at once while a model on a GPU is exported: transformers'
+``max_shard_size``."""
 STEPPING = "step"
 """All phases but those that take more on the host."""
 

@@ -1,4 +1,5 @@
-"""A plan's footprint in the formats of other tools: JSON, Chrome and Perfetto traces, memory snapshots, pictures.
+"""A plan's footprint in the formats of other tools: JSON, Chrome and Perfetto traces, memory snapshots,
+pictures.
 
 No torch unless the plan was never traced. Every export is computed anew from the plan's request.
 """
@@ -45,7 +46,8 @@ def export(planned: Plan, form: Format, chunk_index: int | None = None) -> bytes
     Args:
         planned: the plan.
         form: ``json``: the timeline's points; ``perfetto``: a trace for ui.perfetto.dev and chrome://tracing;
-            ``memory_snapshot``: one chunk's allocations for pytorch.org/memory_viz; ``svg``, ``png``: the picture.
+            ``memory_snapshot``: one chunk's allocations for pytorch.org/memory_viz; ``svg``, ``png``: the
+            picture.
         chunk_index: of a memory snapshot; default: the chunk with the peak.
 
     Raises:
@@ -81,7 +83,8 @@ def _snapshot(planned: Plan, chunk_index: int) -> bytes:
 
 
 def trace_events(planned: Plan, timeline: Timeline) -> dict[str, Any]:
-    """The footprint in the Trace Event Format: a counter per category, and slices for chunks, phases and layers.
+    """The footprint in the Trace Event Format: a counter per category, and slices for chunks, phases and
+    layers.
 
     Microseconds since the start of the cycle; counters are bytes, each holding until its next event.
     """
@@ -164,7 +167,9 @@ def _layer_of(point: TimelinePoint) -> str:
 def _slices(
     points: Sequence[TimelinePoint], ends: Sequence[float], track: int, name_of: Any
 ) -> Iterator[dict[str, Any]]:
-    """Neighbouring points of the same name, chunk and phase as one slice; phases split layers, chunks split all."""
+    """Neighbouring points of the same name, chunk and phase as one slice; phases split layers, chunks split
+    all.
+    """
     first = 0
     for position, point in enumerate(points):
         following = points[position + 1] if position + 1 < len(points) else None

@@ -1,8 +1,9 @@
-"""Draws a plan: live memory by category over one cycle, the capacity, each chunk's peaks, the front. No torch.
+"""Draws a plan: live memory by category over one cycle, the capacity, each chunk's peaks, the front. No
+torch.
 
-Two panels share the time axis. The upper one leaves the weights out, which are constant and would flatten everything
-else; the middle one shows all memory against the capacity. Below: each chunk's peak in each phase, and what
-``auto`` found.
+Two panels share the time axis. The upper one leaves the weights out, which are constant and would flatten
+everything else; the middle one shows all memory against the capacity. Below: each chunk's peak in each phase,
+and what ``auto`` found.
 """
 
 from __future__ import annotations
@@ -181,7 +182,9 @@ def _chunk_peaks(axes: Axes, plan: Plan) -> None:
 
 
 def _front(axes: Axes, plan: Plan) -> None:
-    """What ``auto`` found: no point is both faster and smaller than another one, unless it takes more of the host."""
+    """What ``auto`` found: no point is both faster and smaller than another one, unless it takes more of the
+    host.
+    """
     capacity = plan.capacity_bytes / GIBIBYTE
     for is_chosen in (False, True):
         members = [member for member in plan.pareto if (member.role == "chosen") == is_chosen]

@@ -1,7 +1,8 @@
 """A chunk's visit as a PyTorch memory snapshot, for pytorch.org/memory_viz and torch.cuda._memory_viz. Pure.
 
-The events of a whole cycle (:mod:`chunkplan.planner.footprint.block_events`) pass through the simulated caching allocator in the schedule's order.
-Recorded are the weights, as they were loaded, and the visit of one chunk. Addresses are simulated ones.
+The events of a whole cycle (:mod:`chunkplan.planner.footprint.block_events`) pass through the simulated
+caching allocator in the schedule's order. Recorded are the weights, as they were loaded, and the visit of one
+chunk. Addresses are simulated ones.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner.allocator.caching import CachingAllocator
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.block_events import Label, Walk
+from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 
 BASE_ADDRESS = 0x7F00_0000_0000
 PICKLE_PROTOCOL = 4
@@ -32,7 +33,8 @@ def snapshot(
     overheads: Overheads,
     chunk_index: int,
 ) -> dict[str, Any]:
-    """The history of one chunk's visit, and what is live after it, in the form of ``torch.cuda.memory._snapshot()``.
+    """The history of one chunk's visit, and what is live after it, in the form of
+    ``torch.cuda.memory._snapshot()``.
 
     Args:
         footprints: of the model under the training spec.

@@ -1,9 +1,9 @@
 """Which schedule to take: the request's, or the one that ``auto`` finds; and what else could be taken.
 
-``auto`` chooses the number of chunks and nothing else: all the rest of the spec, and what the optimizer remembers,
-stays as asked, whether it was written out or left to its default, which is the same request. What can be had by
-changing more is on the front, and every entry says what it changes. Candidates are ranked by outlines, which are
-arithmetic; whatever is named has been computed exactly, the allocator included.
+``auto`` chooses the number of chunks and nothing else: all the rest of the spec, and what the optimizer
+remembers, stays as asked, whether it was written out or left to its default, which is the same request. What
+can be had by changing more is on the front, and every entry says what it changes. Candidates are ranked by
+outlines, which are arithmetic; whatever is named has been computed exactly, the allocator included.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from chunkplan.engine.spec import CheckpointedLayers, Optimizer, ScheduleSpec, StateDtype, TrainingSpec, default_schedule
-from chunkplan.planner.search.reasons import cause, changes, size
+from chunkplan.engine.spec import (
+    CheckpointedLayers,
+    Optimizer,
+    ScheduleSpec,
+    StateDtype,
+    TrainingSpec,
+    default_schedule,
+)
 from chunkplan.planner.answers.plan import Evaluation, Outline, Planner
+from chunkplan.planner.search.reasons import cause, changes, size
 from chunkplan.planner.spec import Alternative
 
 MAX_CHUNKS = 512
@@ -37,9 +44,11 @@ _NOTABLE = 0.97
 
 
 def choose(planner: Planner) -> Evaluation:
-    """The requested schedule, evaluated; for ``auto`` the fastest that fits, or the smallest peak when none does.
+    """The requested schedule, evaluated; for ``auto`` the fastest that fits, or the smallest peak when none
+    does.
 
-    More chunks make an update cheaper, but with every doubling by less: the search ends where it gains under 5 %.
+    More chunks make an update cheaper, but with every doubling by less: the search ends where it gains under
+    5 %.
     """
     training = planner.request.training
     if training.schedule != "auto":
@@ -95,10 +104,12 @@ def front(planner: Planner, chosen: Evaluation) -> list[Alternative]:
 
 
 def candidates(planner: Planner, chosen: Evaluation) -> list[Outline]:
-    """Everything that may be varied, outlined: chunks, visits, states; checkpointing, loss, and how a batch is cut.
+    """Everything that may be varied, outlined: chunks, visits, states; checkpointing, loss, and how a batch
+    is cut.
 
-    Not varied are the order of the chunks, which changes neither peak nor time, and what decides the result of the
-    training beyond what entries of the front say: the batch, the optimizer, precision, clipping, adapters.
+    Not varied are the order of the chunks, which changes neither peak nor time, and what decides the result
+    of the training beyond what entries of the front say: the batch, the optimizer, precision, clipping,
+    adapters.
     """
     training, schedule = chosen.training, chosen.schedule
     asked = [(training, kept) for kept in _kept(training, schedule)]
@@ -113,9 +124,11 @@ def candidates(planner: Planner, chosen: Evaluation) -> list[Outline]:
 
 
 def _partly_checkpointed(planner: Planner, outlines: Sequence[Outline], num_chunks: int) -> Iterator[Outline]:
-    """Between full checkpointing and none: the layers on top keep their activations, which are recomputed most often.
+    """Between full checkpointing and none: the layers on top keep their activations, which are recomputed
+    most often.
 
-    Their bytes grow with every such layer, and the seconds fall: both are estimated on the line between the ends.
+    Their bytes grow with every such layer, and the seconds fall: both are estimated on the line between the
+    ends.
     """
     training = planner.request.training
     num_layers = planner.footprints(training).structure.num_layers
@@ -169,7 +182,9 @@ def _kept(training: TrainingSpec, schedule: ScheduleSpec) -> Iterator[ScheduleSp
 
 
 def _variants(training: TrainingSpec) -> Iterator[TrainingSpec]:
-    """The same batch and model, computed otherwise: recomputed or kept, in other pieces, with the other loss."""
+    """The same batch and model, computed otherwise: recomputed or kept, in other pieces, with the
+    other loss.
+    """
 
     def changed(**update: Any) -> TrainingSpec:
         return training.model_copy(update=update)
@@ -189,7 +204,9 @@ def _variants(training: TrainingSpec) -> Iterator[TrainingSpec]:
 
 
 def _picked(outlines: Sequence[Outline], chosen: Outline, capacity_bytes: int) -> list[tuple[str, Outline]]:
-    """Of the front over (bound, seconds, host bytes) the ends, by what they are: few entries that differ notably."""
+    """Of the front over (bound, seconds, host bytes) the ends, by what they are: few entries that differ
+    notably.
+    """
     fitting = [outline for outline in outlines if outline.least_upper_bytes <= capacity_bytes]
     ends = {
         "the fastest that fits" if fitting else "the fastest": lambda each: (each.step_seconds, each.least_upper_bytes),
@@ -261,7 +278,9 @@ def _chosen_why(planner: Planner, chosen: Evaluation) -> str:
 
 
 def alternatives(planner: Planner, chosen: Evaluation) -> list[Alternative]:
-    """When the chosen schedule does not fit: the nearest that does, or the smallest there is and how much it lacks."""
+    """When the chosen schedule does not fit: the nearest that does, or the smallest there is and how much it
+    lacks.
+    """
     if chosen.fits:
         return []
     floor = planner.floor_bytes(chosen.training)
@@ -300,7 +319,9 @@ def explain(planner: Planner, evaluation: Evaluation) -> str:
 
 
 def _relaxations(planner: Planner, chosen: Evaluation) -> Iterator[tuple[TrainingSpec, ScheduleSpec]]:
-    """Ways to need less memory, the least intrusive first: chunks, checkpointing and fused loss, the batch."""
+    """Ways to need less memory, the least intrusive first: chunks, checkpointing and fused loss,
+    the batch.
+    """
     training, schedule = chosen.training, chosen.schedule
     if training.method == "chunkft":
         for finer in _schedules(planner, schedule):
@@ -322,7 +343,9 @@ def _relaxations(planner: Planner, chosen: Evaluation) -> Iterator[tuple[Trainin
 
 
 def _schedules(planner: Planner, base: ScheduleSpec) -> Iterator[ScheduleSpec]:
-    """The schedule with 1, 2, 4, … times as many chunks, as far as the model has rows and a proposal makes sense."""
+    """The schedule with 1, 2, 4, … times as many chunks, as far as the model has rows and a proposal makes
+    sense.
+    """
     known = 0
     num_chunks = base.num_chunks
     while num_chunks <= MAX_CHUNKS:

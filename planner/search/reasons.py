@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.spec import CheckpointedLayers, ScheduleSpec, TrainingSpec
+from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.spec import Peak
 from chunkplan.planner.trace.structure import ModelStructure
 

@@ -1,7 +1,7 @@
 """Seconds from FLOPs and bytes: a roofline per operation, with efficiencies in one table. Pure: no I/O.
 
-An operation takes the longest of: its FLOPs at the achievable rate, its bytes at the achievable bandwidth, and the
-time that eager PyTorch needs to issue it.
+An operation takes the longest of: its FLOPs at the achievable rate, its bytes at the achievable bandwidth,
+and the time that eager PyTorch needs to issue it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ _MATMUL_DEFAULT = _Efficiency(
     0.75, "unmeasured: GeForce and workstation cards, whose fp32-accumulate rate is half of what the units can do"
 )
 MATMUL_FP32_EFFICIENCY = 0.72
-"""fp32 products without TF32 (PyTorch's default). H100 NVL reached 45.5 of 60.3 TFLOP/s in a public measurement."""
+"""fp32 products without TF32 (PyTorch's default). H100 NVL reached 45.5 of 60.3 TFLOP/s in a public
+measurement."""
 BANDWIDTH_EFFICIENCY = 0.80
-"""Share of the memory bandwidth that streaming kernels reach. Public measurement: 90 % on H100 NVL for plain copies."""
+"""Share of the memory bandwidth that streaming kernels reach. Public measurement: 90 % on H100 NVL for plain
+copies."""
 CUDA_LAUNCH_SECONDS = 4e-6
-"""Least time per eager operation on CUDA: the interpreter issues one in about 4 µs (public measurement: 4.2 µs)."""
+"""Least time per eager operation on CUDA: the interpreter issues one in about 4 µs (public measurement: 4.2
+µs)."""
 CPU_CALL_SECONDS = 1.5e-6
 """Least time per operation on the CPU: measured 1.0 µs for an addition of eight numbers, torch 2.13."""
 
@@ -96,15 +99,16 @@ class Passage:
     steady: float
     """While blocks follow one another."""
     edges: float
-    """More, where no block is before the first one and none after the last: nothing hides their copies there."""
+    """More, where no block is before the first one and none after the last: nothing hides their copies there.
+    """
 
 
 def passage(update: float, bring: float, send: float, num_blocks: int, *, takes_turns: bool) -> Passage:
     """What :mod:`chunkplan.engine.optimizer.state_transfer` makes of updates and copies.
 
-    A block's states come while the block before it is updated, and leave while the block after it is. Where they take
-    turns in two buffers, a block's states cannot come before those of the last but one have left: two blocks then take
-    at least as long as one block's way through.
+    A block's states come while the block before it is updated, and leave while the block after it is. Where
+    they take turns in two buffers, a block's states cannot come before those of the last but one have left:
+    two blocks then take at least as long as one block's way through.
 
     Args:
         update: seconds of all blocks' updates.

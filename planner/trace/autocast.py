@@ -1,8 +1,8 @@
 """Autocast for tensors without storage, which torch's own passes by. Imports torch.
 
-Engine and checkpointing turn the CPU's autocast on and off; while it is on, operands are cast here as the planned
-device would cast them. Which operations are, and that casts of trainable weights are kept until the outermost context
-ends, follows torch (autocast_mode.h).
+Engine and checkpointing turn the CPU's autocast on and off; while it is on, operands are cast here as the
+planned device would cast them. Which operations are, and that casts of trainable weights are kept until the
+outermost context ends, follows torch (autocast_mode.h).
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class _TracedAutocast(TorchFunctionMode):
         self._kept.clear()
 
     def entered(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """``forward`` under this mode, also when a layer is recomputed: backward passes run without function modes."""
+        """``forward`` under this mode, also when a layer is recomputed: backward passes run without function
+        modes.
+        """
 
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +94,9 @@ class _TracedAutocast(TorchFunctionMode):
 
 @contextmanager
 def traced_autocast(device_kind: str, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Cast as the device's autocast does wherever the CPU's is on, in forward and when ``layers`` are recomputed."""
+    """Cast as the device's autocast does wherever the CPU's is on, in forward and when ``layers`` are
+    recomputed.
+    """
     mode, clear = _TracedAutocast(device_kind), torch.clear_autocast_cache
     torch.clear_autocast_cache = mode.forget  # what torch.autocast calls when it ends
     for layer in layers:

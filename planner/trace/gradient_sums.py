@@ -1,8 +1,8 @@
 """Which sums of gradients autograd forms in place. Imports torch.
 
-Where two gradients meet, autograd adds the later one to the earlier one in place if nobody else holds that. It never
-does so for tensors without storage or under a dispatch mode, so that a trace sees a third tensor that a real run does
-not have; here such a sum is told from the others by who holds its first operand.
+Where two gradients meet, autograd adds the later one to the earlier one in place if nobody else holds that.
+It never does so for tensors without storage or under a dispatch mode, so that a trace sees a third tensor
+that a real run does not have; here such a sum is told from the others by who holds its first operand.
 
 Source: ``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp.
 """
@@ -21,7 +21,9 @@ Holders = tuple[int, int, int]
 
 
 def is_in_place(func: Any, args: Any) -> bool:
-    """True when a real run would put the result of ``func`` where its first operand is. Call it in a dispatch mode."""
+    """True when a real run would put the result of ``func`` where its first operand is. Call it in a dispatch
+    mode.
+    """
     if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
         return False
     return _holders(args) == unheld() and _are_alike(*args[:2])

@@ -1,4 +1,6 @@
-"""Which kernels a device runs where tensors without storage take another path, and their scratch. Imports torch."""
+"""Which kernels a device runs where tensors without storage take another path, and their scratch. Imports
+torch.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ def _takes_flash_on_cpu(
 ) -> bool:
     """Ask torch itself, on real tensors of one token, whether the CPU's flash kernel takes this attention.
 
-    It takes neither dropout, nor a mask with a gradient, nor one key head that is broadcast over the queries' heads,
-    nor values of another size than the keys: these go to the math form.
+    It takes neither dropout, nor a mask with a gradient, nor one key head that is broadcast over the queries'
+    heads, nor values of another size than the keys: these go to the math form.
 
     Args:
         facts: of query, key and value: heads, head size, data type, whether it takes a gradient.
@@ -92,7 +94,9 @@ def _attention_math(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Product, softmax, product, with all scores in memory: what torch falls back to, and Apple's GPUs train by."""
+    """Product, softmax, product, with all scores in memory: what torch falls back to, and Apple's GPUs train
+    by.
+    """
     out = _aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -141,7 +145,8 @@ def _rng_state() -> Tensor:
 class _GroupedProduct(torch.autograd.Function):
     """Shapes and work of a product of each group of rows with its own matrix, all groups equally large.
 
-    The meta kernel of torch knows bf16 only. What is kept and returned does not depend on how large the groups are.
+    The meta kernel of torch knows bf16 only. What is kept and returned does not depend on how large the
+    groups are.
     """
 
     @staticmethod
@@ -162,7 +167,9 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _products_of_groups(left: Tensor, right: Tensor, num_groups: int) -> Tensor:
-    """[groups, left's rows, right's columns]: the products of equally large groups of left's columns, right's rows."""
+    """[groups, left's rows, right's columns]: the products of equally large groups of left's columns, right's
+    rows.
+    """
     size = left.shape[1] // num_groups
     columns = left[:, : size * num_groups].t().reshape(num_groups, size, -1)
     return columns.transpose(1, 2).bmm(right[: size * num_groups].reshape(num_groups, size, -1))
@@ -172,7 +179,9 @@ _torch_grouped_mm = torch._grouped_mm
 
 
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, **others: Any) -> Tensor:
-    """``torch._grouped_mm`` without storage: experts' rows by their matrices, or the gradient of those matrices."""
+    """``torch._grouped_mm`` without storage: experts' rows by their matrices, or the gradient of those
+    matrices.
+    """
     if isinstance(right, CutParameter | CutTranspose):
         return _torch_grouped_mm(
             left, right, offs=offs, **others
@@ -188,8 +197,8 @@ def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, **other
 def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Size]]:
     """Send attention and dropout to the kernels that the device would pick.
 
-    Also answers transformers' question whether position ids describe packed rows, which reads values: yes, with
-    packing. Yields the shapes of what was asked about: none for a model that never asks.
+    Also answers transformers' question whether position ids describe packed rows, which reads values: yes,
+    with packing. Yields the shapes of what was asked about: none for a model that never asks.
     """
     kernel = {"cpu": _attention_cpu, "mps": _attention_math}.get(device_kind, _attention_cuda)
 
@@ -219,7 +228,8 @@ def traced_kernels(device_kind: str, *, packing: bool) -> Iterator[list[torch.Si
         stack.enter_context(_replaced(masking_utils, "fast_all", lambda mask: True))
         stack.enter_context(_replaced(torch, "_grouped_mm", _grouped_mm))
         if device_kind == "cpu":
-            # Activation checkpointing keeps the generator's state for every layer, in the memory that is planned here.
+            # Activation checkpointing keeps the generator's state for every layer, in the memory that is
+            # planned here.
             stack.enter_context(_replaced(torch, "get_rng_state", _rng_state))
             stack.enter_context(_replaced(torch, "set_rng_state", lambda state: None))
         else:

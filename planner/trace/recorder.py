@@ -1,7 +1,8 @@
 """Watches what a step allocates, frees and computes, on tensors without storage. Imports torch.
 
-Storages are watched, not tensors (views are free), and a storage's end is seen by a weak reference. What an operation
-returns and costs follows from the shapes that it is given: torch is asked once, which is most of a trace's time.
+Storages are watched, not tensors (views are free), and a storage's end is seen by a weak reference. What an
+operation returns and costs follows from the shapes that it is given: torch is asked once, which is most of a
+trace's time.
 """
 
 from __future__ import annotations
@@ -182,7 +183,9 @@ class MemoryTrace(TorchDispatchMode):
         self._live[key] = (block, weakref.ref(storage, self._forget(key)))
 
     def _outcome(self, func: Any, args: Any, kwargs: Any, out: Any) -> Outcome | None:
-        """None when what is returned is neither new tensors, each with its own storage, nor the first argument."""
+        """None when what is returned is neither new tensors, each with its own storage, nor the first
+        argument.
+        """
         work = None if func.overloadpacket in _NO_WORK else _work(func, args, kwargs, out)
         scratch = kernel_scratch_bytes(func, args, out, self._device_kind)
         if _kind(func) == _CHANGES:
@@ -214,7 +217,9 @@ _MAKES, _VIEWS, _CHANGES, _OTHER = range(4)
 
 @cache
 def _kind(func: Any) -> int:
-    """Makes tensors, returns a view of its argument, or changes the values of its first argument; by its schema."""
+    """Makes tensors, returns a view of its argument, or changes the values of its first argument; by its
+    schema.
+    """
     schema = func._schema
     if not schema.is_mutable:
         returned = [value.alias_info is not None for value in schema.returns]

@@ -1,4 +1,6 @@
-"""Traces the engine's update of one slice: clipping, then its states and temporaries block by block. Imports torch."""
+"""Traces the engine's update of one slice: clipping, then its states and temporaries block by block. Imports
+torch.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from chunkplan.engine.gradients.activation import ActiveSlice
 from chunkplan.engine.model.loading import DTYPES
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig, clip_
 from chunkplan.engine.optimizer.eight_bit import tables
-from chunkplan.engine.stream.schedule import Visit
-from chunkplan.engine.spec import Master, ScheduleSpec, TrainingSpec
 from chunkplan.engine.optimizer.state_layout import StateLayout, StateTensor
 from chunkplan.engine.optimizer.state_transfer import WHOLE, BlockKey, ChunkStates, Lane, States
+from chunkplan.engine.spec import Master, ScheduleSpec, TrainingSpec
+from chunkplan.engine.stream.schedule import Visit
 from chunkplan.planner.trace.recorder import Known, MemoryTrace
 from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, Block, StepTrace
 
@@ -32,7 +34,8 @@ def trace_update(
     is_shared: bool = False,
     known: Known | None = None,
 ) -> StepTrace:
-    """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and ``optimizer``.
+    """The engine's update of one slice. Block 0 is its gradient; then come the phases ``clip`` and
+    ``optimizer``.
 
     Args:
         device_kind: decides which kernels run, and whether states travel beside the updates.

@@ -1,7 +1,8 @@
 """A traced step as data: blocks of memory, and when they come and go, segment by segment. Pure.
 
 A segment is a part of the step that belongs to one place of the network in one phase: ``forward`` of layer 3,
-``backward`` of the head. Inside a segment, event ``i >= 0`` allocates block ``i`` and event ``-1 - i`` frees it.
+``backward`` of the head. Inside a segment, event ``i >= 0`` allocates block ``i`` and event ``-1 - i`` frees
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ EMBED, HEAD = -1, -2
 
 
 class Block(NamedTuple):
-    """One allocation: bytes asked for, index into CATEGORIES, the traced slice whose gradient it is, or −1."""
+    """One allocation: bytes asked for, index into CATEGORIES, the traced slice whose gradient it
+    is, or −1.
+    """
 
     size_bytes: int
     category: int
@@ -25,7 +28,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Events and work of one place in one phase. ``work`` lists (flops, bytes moved, number of such operations)."""
+    """Events and work of one place in one phase. ``work`` lists (flops, bytes moved, number of such
+    operations).
+    """
 
     phase: str
     place: int
@@ -40,7 +45,8 @@ class StepTrace:
     blocks: tuple[Block, ...]
     segments: tuple[Segment, ...]
     slice_numels: tuple[int, ...]
-    """Elements of the traced chunk's slices in traced layers and outside, to scale the gradients of cut ones."""
+    """Elements of the traced chunk's slices in traced layers and outside, to scale the gradients of cut ones.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the cache."""
@@ -64,7 +70,9 @@ class StepTrace:
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
-    """Consecutive layers that do the same in a step: three are traced, the middle one stands for ``num_layers`` − 2."""
+    """Consecutive layers that do the same in a step: three are traced, the middle one stands for
+    ``num_layers`` − 2.
+    """
 
     first: int
     num_layers: int

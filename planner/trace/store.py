@@ -1,79 +1,40 @@
-"""Traces on disk, by content: the same architecture, spec and code are traced once. Imports torch only to trace.
+"""Traces on disk, by content: the same architecture, spec and code are traced once. Imports torch only to
+trace.
 
-The folder is ``CHUNKPLAN_CACHE_DIR``, by default ``~/.cache/chunkplan``. Every file can be deleted at any time.
+The folder is ``CHUNKPLAN_CACHE_DIR``, by default ``~/.cache/chunkplan``. Every file can be deleted at any
+time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-from functools import cache
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.spec import Optimizer, ScheduleSpec, TrainingSpec
+from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.catalog.overheads import host_threads
+from chunkplan.planner.paths import cache_dir
 from chunkplan.planner.trace.step_trace import StepTrace
 from chunkplan.planner.trace.structure import ChunkRoles, ModelStructure
+from chunkplan.planner.version import code_digest
 
 if TYPE_CHECKING:
     from chunkplan.planner.trace.recorder import Known
     from chunkplan.planner.trace.tracer import ModelTracer
 
-_TRACED_CODE = {
-    "engine": (
-        "checkpointing",
-        "cut",
-        "expansion",
-        "factored",
-        "gradients",
-        "lora",
-        "loss",
-        "models",
-        "optimizer",
-        "quantise",
-        "rounding",
-        "rules",
-        "scaling",
-        "states",
-        "step",
-        "stream",
-        "tasks",
-        "transfer",
-    ),
-    "planner": (
-        "accumulation",
-        "autocast",
-        "kernels",
-        "memory",
-        "overheads",
-        "segments",
-        "structure",
-        "trace",
-        "update",
-    ),
-}
+_HARMLESS = {"method", "optimizer", "schedule", "max_grad_norm", "gradient_accumulation_steps"}
+"""Fields of a training spec that decide nothing about a traced step: every other one is a part of its key.
 
-
-def cache_dir() -> Path:
-    """Where traces are kept."""
-    given = os.environ.get("CHUNKPLAN_CACHE_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "chunkplan"
-
-
-@cache
-def code_digest() -> str:
-    """Digest of everything besides the request that decides a trace: the traced code and the libraries under it."""
-    digest = hashlib.sha256(f"{version('torch')} {version('transformers')} {version('peft')}".encode())
-    root = Path(__file__).parent.parent
-    for package, modules in _TRACED_CODE.items():
-        for module in modules:
-            digest.update((root / package / f"{module}.py").read_bytes())
-    return digest.hexdigest()
+The method shows in ``lora``; optimizer and schedule are in the keys of updates; of accumulation only whether
+there is any matters; clipping by norm is traced with every update.
+"""
+_HARMLESS_OF_SCHEDULE = {"num_chunks", "order", "switch_every", "expansion"}
+"""The same for a schedule and the update of a slice: which slices there are, and when, not what happens to
+one."""
 
 
 class TraceStore:
@@ -87,23 +48,13 @@ class TraceStore:
         self._known: Known = {}
         self._path = cache_dir() / f"{self._key()}.json"
         self._content: dict[str, Any] = self._read()
-        self._steps: dict[str, StepTrace] = {}
+        self._traces: dict[str, StepTrace] = {}
+        self._kept: dict[ScheduleSpec, str] = {}
+        """What of a schedule decides an update, by schedule."""
         self._is_changed = False
 
     def _key(self) -> str:
-        decisive = {
-            "seq_len",
-            "micro_batch_size",
-            "packing",
-            "precision",
-            "autocast",
-            "activation_checkpointing",
-            "loss",
-            "attention",
-            "lora",
-            "update_in_backward",
-        }
-        training = self._training.model_dump(mode="json", include=decisive)
+        training = self._training.model_dump(mode="json", exclude=_HARMLESS)
         accumulates = self._training.gradient_accumulation_steps > 1
         threads = host_threads() if self._device_kind == "cpu" else 0
         asked = json.dumps(
@@ -135,59 +86,50 @@ class TraceStore:
     def step(self, chunk: Chunk, roles: ChunkRoles, *, expands: bool) -> StepTrace:
         """Forward and backward with ``chunk`` active, on the distinct layers."""
         key = f"{'expanded ' if expands else ''}{roles.key}"
-        if key not in self._steps:
-            known = self._content["steps"].get(key)
-            if known is None:
-                trace = self._model_tracer().trace(chunk, roles, expands=expands)
-                self._content["steps"][key] = trace.to_json()
-            else:
-                trace = StepTrace.from_json(known)
-            self._steps[key] = trace
-        return self._steps[key]
+        return self._once("steps", key, lambda: self._model_tracer().trace(chunk, roles, expands=expands))
 
     def evaluation(self) -> StepTrace:
         """A forward pass over a held-out batch, on the distinct layers."""
-        key = "evaluation"
-        if key not in self._steps:
-            known = self._content["steps"].get(key)
-            if known is None:
-                trace = self._model_tracer().trace_evaluation()
-                self._content["steps"][key] = trace.to_json()
-            else:
-                trace = StepTrace.from_json(known)
-            self._steps[key] = trace
-        return self._steps[key]
+        return self._once("steps", "evaluation", lambda: self._model_tracer().trace_evaluation())
 
     def update(
         self, numel: int, num_columns: int, schedule: ScheduleSpec, *, comes: bool, leaves: bool, is_shared: bool
     ) -> StepTrace:
-        """The optimizer's update of a slice of ``numel`` elements; see :func:`chunkplan.planner.trace.slice_update.trace_update`."""
+        """The optimizer's update of a slice of ``numel`` elements; see :func:`trace_update`."""
         training = self._training
-        kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
         shape = (numel, num_columns if training.optimizer is Optimizer.ADAFACTOR else 1)
         weights = (training.trained_precision.value, training.scales_loss)
-        key = repr((shape, training.optimizer.value, weights, kept, comes, leaves, is_shared))
-        if key not in self._steps:
-            known = self._content["updates"].get(key)
-            if known is None:
-                from chunkplan.planner.trace.slice_update import trace_update
+        if schedule not in self._kept:
+            self._kept[schedule] = repr(schedule.model_dump(mode="json", exclude=_HARMLESS_OF_SCHEDULE))
+        key = repr((shape, training.optimizer.value, weights, self._kept[schedule], comes, leaves, is_shared))
 
-                trace = trace_update(
-                    self._device_kind,
-                    *shape,
-                    training,
-                    schedule,
-                    comes=comes,
-                    leaves=leaves,
-                    is_shared=is_shared,
-                    known=self._known,
-                )
-                self._content["updates"][key] = trace.to_json()
+        def trace() -> StepTrace:
+            from chunkplan.planner.trace.slice_update import trace_update
+
+            return trace_update(
+                self._device_kind,
+                *shape,
+                training,
+                schedule,
+                comes=comes,
+                leaves=leaves,
+                is_shared=is_shared,
+                known=self._known,
+            )
+
+        return self._once("updates", key, trace)
+
+    def _once(self, table: str, key: str, trace: Callable[[], StepTrace]) -> StepTrace:
+        """The trace of a key: from this process, from the file, or made now."""
+        if key not in self._traces:
+            known = self._content[table].get(key)
+            if known is None:
+                self._traces[key] = trace()
+                self._content[table][key] = self._traces[key].to_json()
                 self._is_changed = True
             else:
-                trace = StepTrace.from_json(known)
-            self._steps[key] = trace
-        return self._steps[key]
+                self._traces[key] = StepTrace.from_json(known)
+        return self._traces[key]
 
     def save(self) -> None:
         """Write what is new; a full disk or a read-only folder costs time later, never a plan now."""

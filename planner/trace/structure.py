@@ -6,8 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chunkplan.engine.stream.chunks import Chunk, ParameterInfo, Slice
 from chunkplan.engine.spec import CheckpointedLayers, TrainingSpec
+from chunkplan.engine.stream.chunks import Chunk, ParameterInfo, Slice
 from chunkplan.planner.trace.step_trace import LayerRun, layer_runs
 
 
@@ -25,11 +25,13 @@ class ModelStructure:
     """One per layer: equal for layers that compute the same (class, shapes, kind of attention)."""
     buffer_bytes: int
     before_layers: tuple[bool, ...]
-    """For parameters outside the layers: true when the gradient reaches them through the layers (embeddings)."""
+    """For parameters outside the layers: true when the gradient reaches them through the layers (embeddings).
+    """
     head: int
     """Index of the output projection; −1 when there is none."""
     loss_rows: int
-    """Rows of the head whose logits the fused loss holds at once for their gradient; 0: it does not work by rows."""
+    """Rows of the head whose logits the fused loss holds at once for their gradient; 0: it does not work by
+    rows."""
     num_inputs: int
     """Tensors [batch, sequence] of int64 that make a micro-batch."""
 
@@ -98,13 +100,17 @@ class ChunkRoles:
 
     @property
     def key(self) -> str:
-        """Equal for chunks whose steps differ in nothing but the sizes of cut slices and the lengths of runs."""
+        """Equal for chunks whose steps differ in nothing but the sizes of cut slices and the
+        lengths of runs.
+        """
         runs = [(self.layers[run.first], min(run.num_layers, 3)) for run in layer_runs(self.layers)]
         return repr((runs, self.outside))
 
 
 def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec) -> ChunkRoles:
-    """Roles of all layers while ``chunk`` is active: below it without gradient, the lowest with one, those above."""
+    """Roles of all layers while ``chunk`` is active: below it without gradient, the lowest with one, those
+    above.
+    """
     active: dict[int, list[tuple[int, bool]]] = {}
     outside: list[tuple[int, int]] = []
     first_of_layer: dict[int, int] = {}
@@ -132,7 +138,8 @@ def chunk_roles(structure: ModelStructure, chunk: Chunk, training: TrainingSpec)
 
 
 def stand_ins(structure: ModelStructure, chunk: Chunk, runs: Sequence[LayerRun]) -> list[tuple[int, ...]]:
-    """For each slice of the chunk's trace, the ordinals of the chunk's slices that it stands for, layer by layer.
+    """For each slice of the chunk's trace, the ordinals of the chunk's slices that it stands for, layer by
+    layer.
 
     Slices of repeated layers are traced once; all others stand for themselves.
     """
@@ -149,9 +156,11 @@ def stand_ins(structure: ModelStructure, chunk: Chunk, runs: Sequence[LayerRun])
 
 
 def _cut_kind(structure: ModelStructure, piece: Slice) -> int:
-    """0 for a whole parameter; −1 for a cut one of which only the gradient follows the cut; else the rows that decide.
+    """0 for a whole parameter; −1 for a cut one of which only the gradient follows the cut; else the rows
+    that decide.
 
-    The fused loss holds temporaries as large as the head's active rows, up to a limit; a tied head has two gradients.
+    The fused loss holds temporaries as large as the head's active rows, up to a limit; a tied head has two
+    gradients.
     """
     info = structure.parameters[piece.index]
     if piece.numel == info.numel:

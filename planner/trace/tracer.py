@@ -1,6 +1,8 @@
-"""Runs the engine's own step on tensors without storage, and records what is allocated and freed. Imports torch.
+"""Runs the engine's own step on tensors without storage, and records what is allocated and freed. Imports
+torch.
 
-Only distinct blocks are traced: of equal layers three are kept, and :mod:`chunkplan.planner.footprint.compose` repeats the middle one.
+Only distinct blocks are traced: of equal layers three are kept, and
+:mod:`chunkplan.planner.footprint.compose` repeats the middle one.
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chunkplan.engine.stream.chunks import Chunk
-from chunkplan.engine.gradients.cut_parameter import CutParameter
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.gradients.activation import Activation, ActiveSlice
-from chunkplan.engine.model.packed_rows import check_packable, would_meet
-from chunkplan.engine.model.adapters import add_adapters
+from chunkplan.engine.gradients.cut_parameter import CutParameter
 from chunkplan.engine.gradients.fused_loss import block_rows
+from chunkplan.engine.model.adapters import add_adapters
 from chunkplan.engine.model.loading import decoder_layers, layer_lists, meta_model
-from chunkplan.engine.spec import CheckpointedLayers, TrainingSpec
-from chunkplan.engine.training.step import StepOptions, compute_loss, forward_backward, prepared
-from chunkplan.engine.stream.parameters import ParameterStream
+from chunkplan.engine.model.packed_rows import check_packable, would_meet
 from chunkplan.engine.model.tasks import Task, task_of
+from chunkplan.engine.optimizer.expansion import Expansion
+from chunkplan.engine.spec import CheckpointedLayers, TrainingSpec
+from chunkplan.engine.stream.chunks import Chunk
+from chunkplan.engine.stream.parameters import ParameterStream
+from chunkplan.engine.training.step import StepOptions, compute_loss, forward_backward, prepared
 from chunkplan.planner.trace.autocast import traced_autocast
 from chunkplan.planner.trace.kernels import traced_kernels
 from chunkplan.planner.trace.recorder import Known, MemoryTrace
@@ -101,7 +103,9 @@ class ModelTracer:
         )
 
     def _head(self) -> tuple[int, int]:
-        """Place of the output projection in the stream; how many of its rows the fused loss treats at once (0: all)."""
+        """Place of the output projection in the stream; how many of its rows the fused loss treats at once
+        (0: all).
+        """
         outputs = self.model.get_output_embeddings()
         weight = getattr(outputs, "weight", None)
         index = next((i for i, p in enumerate(self.stream.parameters) if p is weight), -1)
@@ -118,7 +122,8 @@ class ModelTracer:
         return hashlib.sha256(repr((kind, modules, shapes, place)).encode()).hexdigest()[:16]
 
     def trace(self, chunk: Chunk, roles: ChunkRoles, *, expands: bool = False) -> StepTrace:
-        """One micro-batch, forward and backward, with ``chunk`` active, on the distinct layers of ``roles`` only.
+        """One micro-batch, forward and backward, with ``chunk`` active, on the distinct layers of ``roles``
+        only.
 
         Args:
             chunk: the active one.
@@ -129,7 +134,9 @@ class ModelTracer:
         return self.trace_layers(chunk, kept, expands=expands)
 
     def trace_evaluation(self) -> StepTrace:
-        """The loss of a held-out batch, as :func:`chunkplan.engine.training.step.evaluate` computes it, on the distinct layers only."""
+        """The loss of a held-out batch, as :func:`chunkplan.engine.training.step.evaluate` computes it, on
+        the distinct layers only.
+        """
         kept = [index for run in layer_runs(self.structure().signatures) for index in run.traced]
         mode = MemoryTrace(self.device_kind, self._known)
         with ExitStack() as stack:
@@ -144,7 +151,9 @@ class ModelTracer:
         return self._finish(mode, {}, [])
 
     def _enter(self, stack: ExitStack, mode: MemoryTrace, kept: list[int]) -> list[torch.Size]:
-        """What makes a forward pass one of the device's, watched; see :func:`traced_kernels` for what it returns."""
+        """What makes a forward pass one of the device's, watched; see :func:`traced_kernels` for what it
+        returns.
+        """
         stack.enter_context(self._reduced(kept))
         asked = stack.enter_context(traced_kernels(self.device_kind, packing=self.training.packing))
         if self.training.autocast != "none":
@@ -200,7 +209,9 @@ class ModelTracer:
         return trace
 
     def _taking_part(self, active: list[ActiveSlice], kept: list[int]) -> list[ActiveSlice]:
-        """The active slices outside the layers and in the kept ones: see :func:`chunkplan.planner.trace.structure.stand_ins`."""
+        """The active slices outside the layers and in the kept ones: see
+        :func:`chunkplan.planner.trace.structure.stand_ins`.
+        """
         left_out = set(range(len(self.layers))) - set(kept) if self._is_composed else set()
         absent = {id(parameter) for index in left_out for parameter in self.layers[index].parameters()}
         return [piece for piece in active if id(piece.parameter) not in absent]
@@ -249,7 +260,9 @@ class ModelTracer:
 
     @contextmanager
     def _segment_hooks(self, mode: MemoryTrace, kept: list[int]) -> Iterator[None]:
-        """Tell the trace where it is: module hooks in forward, tensor hooks in backward. Recomputing fires neither."""
+        """Tell the trace where it is: module hooks in forward, tensor hooks in backward. Recomputing fires
+        neither.
+        """
         handles = []
         for position, index in enumerate(kept):
             is_last = position == len(kept) - 1
@@ -265,19 +278,25 @@ class ModelTracer:
 
 
 def _switches(module: nn.Module) -> list[tuple[str, bool]]:
-    """Flags that a family sets layer by layer: every fourth SmolLM3 attention has no rotary positions (0 or 1)."""
+    """Flags that a family sets layer by layer: every fourth SmolLM3 attention has no rotary positions (0 or
+    1).
+    """
     flags = ((name, value) for name, value in vars(module).items() if isinstance(value, int) and value in (0, 1))
     return sorted((name, bool(value)) for name, value in flags if not re.search("idx|index|layer", name))
 
 
 def _release(ordinal: int, piece: ActiveSlice) -> None:
-    """Where the slice would be updated in backward: its gradient goes, and the planner puts the update there."""
+    """Where the slice would be updated in backward: its gradient goes, and the planner puts the
+    update there.
+    """
     piece.release_gradient()
 
 
 @contextmanager
 def _watched_gradients(mode: MemoryTrace, active: list[ActiveSlice]) -> Iterator[dict[int, int]]:
-    """Filled during backward: blocks in which gradients arrive (sized by the cuts), and their slices' ordinals."""
+    """Filled during backward: blocks in which gradients arrive (sized by the cuts), and their slices'
+    ordinals.
+    """
     blocks: dict[int, int] = {}
 
     def watch(leaf: Tensor, ordinal: int) -> Any:
@@ -293,7 +312,9 @@ def _watched_gradients(mode: MemoryTrace, active: list[ActiveSlice]) -> Iterator
 
 
 def _check_positions(model: PreTrainedModel, seq_len: int) -> None:
-    """Raises InputError for a sequence longer than a table of learned positions, which fails only where it is read."""
+    """Raises InputError for a sequence longer than a table of learned positions, which fails only where it is
+    read.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or seq_len <= limit:
         return
@@ -305,7 +326,9 @@ def _check_positions(model: PreTrainedModel, seq_len: int) -> None:
 
 
 def _check_scan(model: PreTrainedModel, seq_len: int) -> None:
-    """Raises InputError for a recurrent model on long sequences: it goes token by token, and so would its trace."""
+    """Raises InputError for a recurrent model on long sequences: it goes token by token, and so would its
+    trace.
+    """
     if not hasattr(model.config.get_text_config(), "num_attention_heads") and seq_len > MAX_SCANNED_TOKENS:
         problem = f"a plan of {type(model).__name__}, which has no attention, would take minutes"
         raise InputError("training.seq_len", f"at most {MAX_SCANNED_TOKENS}: {problem}")

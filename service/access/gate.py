@@ -1,7 +1,8 @@
 """The gate in front of every route: whoever is not let in has sent nothing but headers.
 
-A request needs a valid key once there is any key, or when the service listens to more than this machine. Until then
-anybody on this machine may do everything; browsers are the exception, because any web page can make them ask.
+A request needs a valid key once there is any key, or when the service listens to more than this machine.
+Until then anybody on this machine may do everything; browsers are the exception, because any web page can
+make them ask.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from chunkplan.service.access.keys import ANYBODY, Caller
 from chunkplan.service.access.keys import Scope as KeyScope
 from chunkplan.service.access.limits import Buckets
 from chunkplan.service.access.service import Access
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.errors import DATABASE_AWAY, Forbidden, Problem, Unauthenticated, database_away, respond
+from chunkplan.service.kit.clock import Clock
 from chunkplan.service.settings import Settings
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
@@ -94,7 +95,8 @@ def _check_sender(headers: Headers, allowed_hosts: list[str]) -> None:
     """Keeps web pages and proxies from using the open door of this machine.
 
     Raises:
-        Forbidden: the request was made for another host (DNS rebinding), by a page of another site, or by a proxy.
+        Forbidden: the request was made for another host (DNS rebinding), by a page of another site, or by a
+            proxy.
     """
     host = headers.get("host", "")
     if not _is_named_directly(host, allowed_hosts):
@@ -107,7 +109,9 @@ def _check_sender(headers: Headers, allowed_hosts: list[str]) -> None:
 
 
 def _is_named_directly(host: str, allowed_hosts: list[str]) -> bool:
-    """Whether a Host header names an address, ``localhost``, or what is allowed: no name that others can point here."""
+    """Whether a Host header names an address, ``localhost``, or what is allowed: no name that others can
+    point here.
+    """
     try:
         name = urlsplit(f"//{host}").hostname or ""
         if name == "localhost" or name in allowed_hosts:

@@ -1,6 +1,8 @@
-"""API keys: ``cpk_<id>_<secret>``. The id is public and finds the row; of the secret only a hash is stored. Pure.
+"""API keys: ``cpk_<id>_<secret>``. The id is public and finds the row; of the secret only a hash is stored.
+Pure.
 
-A secret is 256 random bits, so that one SHA-256 is enough: there is nothing to guess that a slow hash would protect.
+A secret is 256 random bits, so that one SHA-256 is enough: there is nothing to guess that a slow hash would
+protect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""How much one key or one project may take: requests in time (token buckets), and things at the same time (turns)."""
+"""How much one key or one project may take: requests in time (token buckets), and things at the same time
+(turns).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.errors import TooMany
+from chunkplan.service.kit.clock import Clock
 
 
 @dataclass

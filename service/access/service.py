@@ -13,10 +13,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from chunkplan.engine.errors import InputError
 from chunkplan.service.access.keys import Caller, NewKey, Scope, digest, granted, id_in
 from chunkplan.service.access.repository import KeyRepository
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database
 from chunkplan.service.db.tables import ApiKeyRow
 from chunkplan.service.errors import Unauthenticated
+from chunkplan.service.kit.clock import Clock
 
 log = structlog.get_logger(__name__)
 

@@ -54,7 +54,9 @@ def gpus(
     limit: LimitOption = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """List the devices of the catalog; any other is given as a JSON object. With --model: which of them hold it."""
+    """List the devices of the catalog; any other is given as a JSON object. With --model: which of them hold
+    it.
+    """
     from chunkplan.planner.catalog import gpus as known
 
     if model is not None:

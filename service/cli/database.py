@@ -9,7 +9,13 @@ import typer
 
 from chunkplan.service.cli.exits import FAILED, USAGE, CommandError
 from chunkplan.service.cli.output import JsonOption, console, gibibytes, print_json
-from chunkplan.service.cli.server import DatabaseOption, DataDirOption, database_errors, migrated_database, settings_with
+from chunkplan.service.cli.server import (
+    DatabaseOption,
+    DataDirOption,
+    database_errors,
+    migrated_database,
+    settings_with,
+)
 
 app = typer.Typer(help="The service's database.", no_args_is_help=True)
 
@@ -59,7 +65,9 @@ def backup(
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the database into FILE (SQLite), or dump it there (Postgres: pg_dump); not the data folder's other files."""
+    """Copy the database into FILE (SQLite), or dump it there (Postgres: pg_dump); not the data folder's other
+    files.
+    """
     settings = settings_with(database_url=database_url, data_dir=data_dir)
     from chunkplan.service.db.backup import BackupFailed
     from chunkplan.service.db.backup import backup as run

@@ -11,7 +11,16 @@ from rich.markup import escape
 
 from chunkplan.service.cli.client import DEFAULT_URL, Client, UrlOption
 from chunkplan.service.cli.exits import DOES_NOT_FIT, FAILED, CommandError
-from chunkplan.service.cli.output import JsonOption, console, duration, gibibytes, moment, number, print_json, print_table
+from chunkplan.service.cli.output import (
+    JsonOption,
+    console,
+    duration,
+    gibibytes,
+    moment,
+    number,
+    print_json,
+    print_table,
+)
 from chunkplan.service.cli.progress import progress_view
 from chunkplan.service.cli.requests import read_job_file
 

@@ -92,8 +92,8 @@ def revoke(
     """Revoke a key, from the next request on; safe to repeat."""
     with migrated_database(database_url, data_dir) as database:
         from chunkplan.service.access.service import Access
-        from chunkplan.service.kit.clock import SystemClock
         from chunkplan.service.errors import NotFound
+        from chunkplan.service.kit.clock import SystemClock
 
         try:
             row = Access(database, SystemClock()).revoke(key)
@@ -106,7 +106,8 @@ def revoke(
 
 
 def parse_expiry(given: str, now: datetime) -> datetime:
-    """``30d`` and ``12h`` from now, or a date, whose day is the first on which the key is not valid any more (UTC).
+    """``30d`` and ``12h`` from now, or a date, whose day is the first on which the key is not valid any more
+    (UTC).
 
     Raises:
         InputError: for ``expires``.

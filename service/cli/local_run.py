@@ -13,10 +13,10 @@ from chunkplan.engine.spec import DatasetSpec, JobRequest, ModelPath, RunSpec, T
 from chunkplan.planner.catalog import find_model
 from chunkplan.planner.spec import Plan, PlanRequest
 from chunkplan.service.cli.server import settings_with
-from chunkplan.service.machines.devices import choose, local_devices
 from chunkplan.service.execution.executors.protocol import Launch
 from chunkplan.service.jobs.admission import resolved_training
 from chunkplan.service.jobs.run_spec import run_spec
+from chunkplan.service.machines.devices import choose, local_devices
 from chunkplan.service.settings import Settings
 
 
@@ -128,7 +128,8 @@ def _attempt_number(folder: Path, spec: RunSpec) -> int:
         return 1
     try:
         begun = RunSpec.model_validate_json(job_file.read_text(encoding="utf-8"))
-        # The job is the same whatever today's plan of it says: that depends on the planner's version and on threads.
+        # The job is the same whatever today's plan of it says: that depends on the planner's version and on
+        # threads.
         is_same = begun.model_copy(update={"predicted_peak_bytes": spec.predicted_peak_bytes}) == spec
     except ValueError:
         is_same = False

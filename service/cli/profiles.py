@@ -9,7 +9,16 @@ import typer
 
 from chunkplan.service.cli.client import DEFAULT_URL, Client, UrlOption
 from chunkplan.service.cli.exits import FAILED, CommandError
-from chunkplan.service.cli.output import JsonOption, console, duration, gibibytes, moment, percent, print_json, print_table
+from chunkplan.service.cli.output import (
+    JsonOption,
+    console,
+    duration,
+    gibibytes,
+    moment,
+    percent,
+    print_json,
+    print_table,
+)
 from chunkplan.service.cli.residual_view import print_residuals
 
 if TYPE_CHECKING:
@@ -87,7 +96,13 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Learn bounds and times from profiles: plans made from now on use them, and name them."""
-    from chunkplan.planner.calibration.margins import MAX_OBSERVATIONS, Calibration, calibration_path, fit, write_calibration
+    from chunkplan.planner.calibration.margins import (
+        MAX_OBSERVATIONS,
+        Calibration,
+        calibration_path,
+        fit,
+        write_calibration,
+    )
 
     path = output or calibration_path()
     with Client(url) as client:

@@ -16,7 +16,9 @@ _BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 def model_reference(given: str) -> str | dict[str, Any]:
-    """A catalog name, or a folder: whatever looks like a path and whatever is one (with a separator in it)."""
+    """A catalog name, or a folder: whatever looks like a path and whatever is one (with a
+    separator in it).
+    """
     path = Path(given).expanduser()
     if given.startswith((".", "~", os.sep)) or (os.sep in given and path.exists()):
         return {"path": str(path.parent if path.name == "config.json" else path)}

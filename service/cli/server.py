@@ -51,7 +51,9 @@ def serve(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the service until Ctrl-C. Settings come from options, CHUNKPLAN_* variables and CHUNKPLAN_SETTINGS_FILE."""
+    """Run the service until Ctrl-C. Settings come from options, CHUNKPLAN_* variables and
+    CHUNKPLAN_SETTINGS_FILE.
+    """
     settings = settings_with(host=host, port=port, database_url=database_url, data_dir=data_dir)
     if print_config:
         from chunkplan.service.cli.settings_file import as_toml, shown

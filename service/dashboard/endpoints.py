@@ -12,11 +12,11 @@ from chunkplan.planner.calibration.residuals import STEP
 from chunkplan.service.dashboard.repository import DashboardRepository
 from chunkplan.service.dashboard.schemas import AccuracyRow, DeviceView, Dimension, Summary, UsageRow
 from chunkplan.service.http.dependencies import DashboardSession, ServicesDep
-from chunkplan.service.machines.devices import Device
+from chunkplan.service.job_states import JobState
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.schemas import JobView
-from chunkplan.service.job_states import JobState
 from chunkplan.service.kit.paging import OptionalText, Page
+from chunkplan.service.machines.devices import Device
 from chunkplan.service.profiles.schemas import ProfileView
 
 router = APIRouter(prefix="/v1/dashboard", tags=["dashboard"])
@@ -29,7 +29,9 @@ Days = Annotated[int, Query(ge=1, le=366, description="how far back, today inclu
 
 @router.get("/summary")
 def summary(session: DashboardSession, services: ServicesDep) -> Summary:
-    """Jobs by state, the queue, the devices, what ended last. What is planned on a device counts every project."""
+    """Jobs by state, the queue, the devices, what ended last. What is planned on a device counts every
+    project.
+    """
     jobs, board = JobRepository(session), DashboardRepository(session)
     counted = jobs.count_by_state()
     oldest = jobs.oldest_queued_at()

@@ -11,7 +11,6 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from chunkplan.engine.errors import InputError
-from chunkplan.service.profiles.percentiles import percentiles
 from chunkplan.service.dashboard.schemas import AccuracyRow, Dimension, UsageRow
 from chunkplan.service.db.tables import (
     AttemptRow,
@@ -22,8 +21,9 @@ from chunkplan.service.db.tables import (
     ProfilePhaseRow,
     ProfileRow,
 )
-from chunkplan.service.profiles.usage import seconds_by_day
 from chunkplan.service.job_states import JobState
+from chunkplan.service.profiles.percentiles import percentiles
+from chunkplan.service.profiles.usage import seconds_by_day
 
 _MAX_ROWS = 5_000
 _INDEXED = (ProfilePhaseRow.day, ProfilePhaseRow.phase, ProfilePhaseRow.model, ProfilePhaseRow.gpu)

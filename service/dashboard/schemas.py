@@ -62,7 +62,9 @@ class Dimension(StrEnum):
 
 
 class AccuracyRow(Listed):
-    """How far plans were from measurements, over a group of profiles; negative errors are under-prediction."""
+    """How far plans were from measurements, over a group of profiles; negative errors are
+    under-prediction.
+    """
 
     id: str
     """The group's values, joined by ``@``."""
@@ -81,7 +83,8 @@ class AccuracyRow(Listed):
     """Profiles with a chunk that needed more than was predicted."""
     min_error: float
     p50: float
-    """Half of the profiles were no further off than this, in their worst chunk. Within 2 % of itself, as the others."""
+    """Half of the profiles were no further off than this, in their worst chunk. Within 2 % of itself, as the
+    others."""
     p90: float
     p95: float
     p99: float
@@ -102,7 +105,8 @@ class UsageRow(Listed):
     device_seconds: float
     """For which jobs held a device, loading and saving included; what runs counts up to now."""
     planned_bytes: int | None
-    """The plans' upper bounds: the mean over the seconds in which memory was measured; None when it never was."""
+    """The plans' upper bounds: the mean over the seconds in which memory was measured; None when it never
+    was."""
     measured_bytes: int | None
     """The steps' highest allocations: the mean over the same seconds."""
     measured_peak_bytes: int | None

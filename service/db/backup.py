@@ -19,7 +19,8 @@ class BackupFailed(Exception):
 
 
 def backup(url: str, target: Path) -> None:
-    """Copies a database into a file: SQLite's own format, or a custom-format dump of Postgres for ``pg_restore``.
+    """Copies a database into a file: SQLite's own format, or a custom-format dump of Postgres for
+    ``pg_restore``.
 
     The file appears whole or not at all; nobody who uses the database waits.
 

@@ -51,7 +51,9 @@ class Base(DeclarativeBase):
 
 
 def choice(values: type[StrEnum]) -> Enum:
-    """A text column that holds one of an enum's values; checked by the code, so that new values need no migration."""
+    """A text column that holds one of an enum's values; checked by the code, so that new values need no
+    migration.
+    """
     return Enum(
         values,
         native_enum=False,

@@ -1,4 +1,6 @@
-"""Whether a database is whole: its revision, its tables, its pages, what its rows refer to, what was added up."""
+"""Whether a database is whole: its revision, its tables, its pages, what its rows refer to, what was added
+up.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Finding:
 
 
 def check(connection: Connection) -> list[Finding]:
-    """Every check that can be made; changes nothing. The later ones need the tables of the newest revision."""
+    """Every check that can be made; changes nothing. The later ones need the tables of the newest
+    revision.
+    """
     revision = _revision(connection)
     findings = [Finding("revision", revision)]
     findings.append(
@@ -60,7 +64,9 @@ def _sqlite_pages(connection: Connection) -> list[str]:
 
 
 def _postgres(connection: Connection) -> list[str]:
-    """What Postgres itself knows of: indexes that are not valid, constraints that were not checked, broken pages."""
+    """What Postgres itself knows of: indexes that are not valid, constraints that were not checked, broken
+    pages.
+    """
     queries = {
         "index {} is not valid": "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
         "WHERE NOT (indisvalid AND indisready)",

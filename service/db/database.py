@@ -1,10 +1,10 @@
 """Engines and units of work.
 
-`read()` and `write()` are the only ways to a session. A write commits when its block ends and rolls back when it
-raises; nothing else commits. On SQLite a writer takes the write lock at once (BEGIN IMMEDIATE), so that two
-writers queue up at the start instead of failing in the middle; on Postgres rows are locked where it matters, and who
-stops in the middle of a unit of work loses it: a server that hangs must not keep what it has locked from the others.
-Statements' parameters never show up in errors: they may be secrets.
+`read()` and `write()` are the only ways to a session. A write commits when its block ends and rolls back when
+it raises; nothing else commits. On SQLite a writer takes the write lock at once (BEGIN IMMEDIATE), so that
+two writers queue up at the start instead of failing in the middle; on Postgres rows are locked where it
+matters, and who stops in the middle of a unit of work loses it: a server that hangs must not keep what it has
+locked from the others. Statements' parameters never show up in errors: they may be secrets.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def create_database_engine(url: str, timeout_seconds: float = DEFAULT_TIMEOUT_SE
 
     Args:
         url: of the database.
-        timeout_seconds: how long a statement waits for a lock, a connection for the server, and Postgres for the next
-            statement of a unit of work that has begun.
+        timeout_seconds: how long a statement waits for a lock, a connection for the server, and Postgres for
+            the next statement of a unit of work that has begun.
     """
     parsed = normalise_url(url)
     milliseconds = int(timeout_seconds * 1000)
@@ -99,7 +99,8 @@ class Database:
             yield session
 
     def refresh_statistics(self) -> None:
-        """Tells SQLite how its rows are distributed, without which it walks through a project's rows to find ten ids.
+        """Tells SQLite how its rows are distributed, without which it walks through a project's rows to find
+        ten ids.
 
         Looks at a thousand rows of an index. Postgres does it by itself.
         """
@@ -114,7 +115,8 @@ class Database:
 
 
 def take_in_turn(session: Session, name: str) -> None:
-    """Until the unit of work ends, no other one passes here under the same name: for what is counted and then added.
+    """Until the unit of work ends, no other one passes here under the same name: for what is counted and then
+    added.
 
     SQLite has one writer at a time anyway.
     """

@@ -21,7 +21,7 @@ _MIGRATION_LOCK = 0x63_68_75_6E_6B
 def alembic_config(connection: Connection | None = None) -> Config:
     """Alembic's configuration for the packaged chain."""
     config = Config()
-    config.set_main_option("script_location", str(files("migrations")))
+    config.set_main_option("script_location", str(files("chunkplan.migrations")))
     config.attributes["connection"] = connection
     return config
 

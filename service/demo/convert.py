@@ -1,4 +1,6 @@
-"""Converts a quantized GGUF file to a Hugging Face folder: ``python -m chunkplan.service.demo.convert MODEL.gguf FOLDER``."""
+"""Converts a quantized GGUF file to a Hugging Face folder: ``python -m chunkplan.service.demo.convert
+MODEL.gguf FOLDER``.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = dequantized.config
-    # transformers refuses to save what came out of a GGUF file, so the weights move into a model that did not.
+    # transformers refuses to save what came out of a GGUF file, so the weights move into a model that did
+    # not.
     del config.quantization_config
     config._name_or_path = ""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

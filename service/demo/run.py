@@ -1,8 +1,8 @@
 """The main job, end to end: ``make run``.
 
-Prepares a real pretrained model and a real text set, starts the service on a free port with SQLite, and through HTTP
-plans a run, submits it, follows it, and compares what was predicted with what was measured. The exit code is 0 only if
-the job succeeded, learned, changed every tensor, and stayed where the plan said.
+Prepares a real pretrained model and a real text set, starts the service on a free port with SQLite, and
+through HTTP plans a run, submits it, follows it, and compares what was predicted with what was measured. The
+exit code is 0 only if the job succeeded, learned, changed every tensor, and stayed where the plan said.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def _run(var: Path) -> bool:
 
 
 def _cancel_unfinished(client: Client) -> None:
-    """An earlier run that was interrupted would be resumed first, as the service promises: nobody waits for it now."""
+    """An earlier run that was interrupted would be resumed first, as the service promises: nobody waits for
+    it now.
+    """
     for job in client.pages("/v1/jobs"):
         if job["name"] == JOB_NAME and not JobState(job["state"]).is_final:
             client.post(f"/v1/jobs/{job['id']}/cancel")
@@ -139,8 +141,8 @@ def _service(var: Path) -> Iterator[str]:
         for name, value in os.environ.items()
         if not name.startswith("CHUNKPLAN_") or name == "CHUNKPLAN_CACHE_DIR"
     }
-    # Threads that wait for each other sleep instead of spinning: on a busy machine training would otherwise be several
-    # times slower.
+    # Threads that wait for each other sleep instead of spinning: on a busy machine training would otherwise
+    # be several times slower.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | kept
     log = var / "service.log"
     with log.open("wb") as output:

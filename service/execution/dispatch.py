@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chunkplan.service.machines.devices import Device
 from chunkplan.service.execution.ledger import Claimed, Ledger, Unchecked
 from chunkplan.service.execution.replanning import Replanned, Replanner
 from chunkplan.service.job_states import Reason
+from chunkplan.service.machines.devices import Device
 
 
 class Dispatcher:
-    """Claims jobs for the devices of this host. Plans that have to be made anew are made meanwhile, in threads."""
+    """Claims jobs for the devices of this host. Plans that have to be made anew are made meanwhile, in
+    threads.
+    """
 
     def __init__(self, ledger: Ledger, replanner: Replanner, devices: Sequence[Device]) -> None:
         self._ledger = ledger

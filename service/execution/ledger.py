@@ -13,26 +13,26 @@ from sqlalchemy.orm import Session
 from chunkplan.engine.spec import ScheduleSpec
 from chunkplan.planner.catalog import find_gpu
 from chunkplan.planner.spec import Peak, PlanRequest
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import AttemptRow, JobRow, PlanRow, ProfileRow
-from chunkplan.service.machines.devices import Device
-from chunkplan.service.execution.records.drift import bounds_of
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.placement import Place
+from chunkplan.service.execution.records.drift import bounds_of
 from chunkplan.service.execution.records.ingest import Ingestion
 from chunkplan.service.execution.records.messages import Batch
 from chunkplan.service.execution.records.outcome import Ended, Outcome, decide
-from chunkplan.service.execution.placement import Place
 from chunkplan.service.execution.replanning import Planned, Replanned
 from chunkplan.service.execution.repository import AttemptRepository
-from chunkplan.service.profiles.usage import UsageBook
-from chunkplan.service.kit.ids import new_id
+from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.admission import shortfall_bytes
 from chunkplan.service.jobs.repository import JobRepository
-from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.transitions import add_event, transition
 from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.machines.devices import Device
 from chunkplan.service.profiles.service import add_profile
+from chunkplan.service.profiles.usage import UsageBook
 from chunkplan.service.settings import Settings
 
 
@@ -106,13 +106,15 @@ class Ledger:
     ) -> Claimed | Unchecked | None:
         """Gives the job whose turn it is to a device that has room for it; what can never fit is rejected.
 
-        Room is counted and taken in one unit of work, in which no other supervisor of this host gets to do the same.
+        Room is counted and taken in one unit of work, in which no other supervisor of this host gets to do
+        the same.
 
         Args:
             device: one of this host.
             devices: all of this host, for a job may wait for another one.
             passing_over: jobs that are not for this device now.
-            is_current: whether a job's plan was found to be up to date (job, plan, device); by default all are.
+            is_current: whether a job's plan was found to be up to date (job, plan, device); by default all
+                are.
 
         Returns:
             `Unchecked`, and nothing is changed, when the plan of the job whose turn it is was not.
@@ -166,7 +168,8 @@ class Ledger:
             devices: where it may go instead, as far as anybody knows.
 
         Returns:
-            False, and nothing is changed, when another device can hold the job and this one, with this plan, cannot.
+            False, and nothing is changed, when another device can hold the job and this one, with this plan,
+            cannot.
         """
         now = self._clock.now()
         with self._database.write() as session:
@@ -303,7 +306,9 @@ class Ledger:
 
     @staticmethod
     def _excess(session: Session, job: JobRow, attempt: AttemptRow) -> int:
-        """By how much what an attempt held, and asked for at its end, was above its plan: the margin stays on top."""
+        """By how much what an attempt held, and asked for at its end, was above its plan: the margin stays on
+        top.
+        """
         peak = session.get_one(PlanRow, job.plan_id).plan["peak"]
         context_bytes = 0 if attempt.device.startswith("cpu") else peak["device_bytes"] - peak["reserved_bytes"]
         return max(0, (attempt.needed_bytes or 0) + context_bytes - peak["device_bytes"])

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from chunkplan.service.machines.devices import Device
 from chunkplan.service.jobs.repository import JobRepository, Waiting
+from chunkplan.service.machines.devices import Device
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Place:
         return self.loads.get(self.device.name, IDLE).num_jobs >= self.device.max_jobs
 
     def next_job(self, jobs: JobRepository, now: datetime, longest_delay: timedelta) -> Waiting | None:
-        """The job that should start there now; one that fits no device of the host is next too, to be rejected.
+        """The job that should start there now; one that fits no device of the host is next too, to be
+        rejected.
 
-        It is the one whose turn it is. If that does not fit beside what runs, room is kept for it on one device, the
-        one with the most room: nothing else starts there until it fits. As jobs end there its room grows, and once
-        another device has more, it is kept there. So what is large waits, but is never passed for ever, and on the
-        other devices the next ones that fit may start.
+        It is the one whose turn it is. If that does not fit beside what runs, room is kept for it on one
+        device, the one with the most room: nothing else starts there until it fits. As jobs end there its
+        room grows, and once another device has more, it is kept there. So what is large waits, but is never
+        passed for ever, and on the other devices the next ones that fit may start.
         """
         if self.is_full:
             return None

@@ -1,4 +1,6 @@
-"""Attempts whose server is gone: waited for, killed when they do not go, their last words read, their jobs queued."""
+"""Attempts whose server is gone: waited for, killed when they do not go, their last words read, their jobs
+queued.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from datetime import datetime
 
 import structlog
 
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db.tables import AttemptRow
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
 from chunkplan.service.execution.ledger import Handle, Ledger, StaleToken
 from chunkplan.service.execution.records.messages import read_messages
 from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.clock import Clock
 from chunkplan.service.operation.metrics import Metrics
 from chunkplan.service.settings import Settings
 
@@ -26,9 +28,9 @@ log = structlog.get_logger(__name__)
 class Recovery:
     """Finds abandoned attempts and ends them, so that their jobs resume from their last checkpoint.
 
-    An attempt is abandoned when its server was on this host and is gone, or when its lease has run out: when this
-    server has watched for a lease's whole time that nobody renewed it. Times of day are not compared: clocks differ
-    and jump.
+    An attempt is abandoned when its server was on this host and is gone, or when its lease has run out: when
+    this server has watched for a lease's whole time that nobody renewed it. Times of day are not compared:
+    clocks differ and jump.
     """
 
     def __init__(self, ledger: Ledger, settings: Settings, clock: Clock, owner: str, metrics: Metrics) -> None:
@@ -79,7 +81,9 @@ class Recovery:
         log.warning("abandoned attempt ended", state=finish.outcome.state, detail=finish.outcome.detail)
 
     def _is_trainer_running(self, attempt: AttemptRow) -> bool:
-        """Whether the trainer is still there: the kernel has told it to checkpoint and stop, and it gets the time."""
+        """Whether the trainer is still there: the kernel has told it to checkpoint and stop, and it gets the
+        time.
+        """
         process = ProcessIdentity.parse(attempt.process) if attempt.process else None
         if process is None or not process.is_local or not process.is_running():
             self._kill_at.pop(attempt.id, None)

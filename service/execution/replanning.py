@@ -1,9 +1,10 @@
 """Queued jobs whose plan is out of date are planned anew before they start.
 
-A plan is named by all that decides it: the request, the device, the model's config, the calibration, the planner. What
-a job's plan would be called now is computed before each of its attempts; another name than its plan's means that
-something has changed. Plans are made in threads, in the planner's own processes, and come back to the supervisor's:
-meanwhile it follows its attempts, and keeps the device for the job, whose turn it is.
+A plan is named by all that decides it: the request, the device, the model's config, the calibration, the
+planner. What a job's plan would be called now is computed before each of its attempts; another name than its
+plan's means that something has changed. Plans are made in threads, in the planner's own processes, and come
+back to the supervisor's: meanwhile it follows its attempts, and keeps the device for the job, whose turn it
+is.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from chunkplan.engine.spec import ScheduleSpec
 from chunkplan.planner.catalog import find_gpu
 from chunkplan.planner.spec import Plan, PlanRequest
 from chunkplan.service.errors import Busy, Unprocessable
-from chunkplan.service.machines.devices import Device, choose
 from chunkplan.service.job_states import Reason
+from chunkplan.service.machines.devices import Device, choose
 from chunkplan.service.plans.service import PlanService, content_id
 
 log = structlog.get_logger(__name__)
@@ -65,9 +66,9 @@ class Replanned:
 def wanted(job: Planned, device: Device, devices: Sequence[Device]) -> PlanRequest:
     """What a job's plan should answer where it is about to start.
 
-    The GPU is the device's unless the user gave another to plan for. Its memory is limited where the operator limits it
-    or an attempt ran out of it, and the job would not fit otherwise. A schedule that was chosen stays where the job has
-    a checkpoint, which belongs to it, and fits.
+    The GPU is the device's unless the user gave another to plan for. Its memory is limited where the operator
+    limits it or an attempt ran out of it, and the job would not fit otherwise. A schedule that was chosen
+    stays where the job has a checkpoint, which belongs to it, and fits.
     """
     asked, changes = job.request, dict[str, Any]()
     if _follows(job, devices) and find_gpu(asked.gpu) != device.gpu:
@@ -104,7 +105,8 @@ class Replanner:
         return elsewhere | {job_id for job_id, name in self._unfit if name == device.name}
 
     def look(self, job: Planned, device: Device) -> Replanned | None:
-        """Looks at the plan of the job whose turn it is on a device, and has it made anew where that is needed.
+        """Looks at the plan of the job whose turn it is on a device, and has it made anew where that is
+        needed.
 
         Returns:
             None while the plan is up to date, or being made; otherwise what is known at once.
@@ -162,7 +164,9 @@ class Replanner:
 
 
 def _refused(job: Planned, device: Device, why: str, error: InputError) -> Replanned:
-    """What the request has wrong is final; what this machine has wrong, such as its calibration, is not the job's."""
+    """What the request has wrong is final; what this machine has wrong, such as its calibration, is not the
+    job's.
+    """
     if error.field.partition(".")[0] in PlanRequest.model_fields:
         return Replanned(job, device, why, None, Reason.INPUT, error.message, error.field)
     log.error("a job could not be planned anew; it is tried again", job_id=job.job_id, error=str(error))

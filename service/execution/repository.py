@@ -31,10 +31,12 @@ class AttemptRepository:
     def fenced_update(
         self, attempt_id: str, token: str, values: dict[str, Any], *, at_offset: int | None = None
     ) -> bool:
-        """Changes a running attempt if the token is its own (and its event file was read up to ``at_offset``).
+        """Changes a running attempt if the token is its own (and its event file was read up to
+        ``at_offset``).
 
         Returns:
-            False, and nothing was changed, when the token is stale: the attempt has ended, or is somebody else's.
+            False, and nothing was changed, when the token is stale: the attempt has ended, or is somebody
+            else's.
         """
         statement = update(AttemptRow).where(
             AttemptRow.id == attempt_id, AttemptRow.token == token, AttemptRow.ended_at.is_(None)

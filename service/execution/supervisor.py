@@ -1,7 +1,7 @@
 """The loop that starts, follows, stops and buries attempts.
 
-One thread per server. It holds no transaction while it waits, and its memory is only a cache: after a crash everything
-is found again in the database and in the attempts' event files.
+One thread per server. It holds no transaction while it waits, and its memory is only a cache: after a crash
+everything is found again in the database and in the attempts' event files.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import structlog
 
 from chunkplan.engine.process.device_lock import Share
 from chunkplan.planner.calibration.residuals import STEP
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database
-from chunkplan.service.machines.devices import Device
 from chunkplan.service.execution.dispatch import Dispatcher
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
+from chunkplan.service.execution.executors.protocol import Execution, Launch
 from chunkplan.service.execution.ledger import Claimed, Handle, Ledger, StaleToken
 from chunkplan.service.execution.records.messages import Step, read_messages
-from chunkplan.service.execution.executors.protocol import Execution, Launch
 from chunkplan.service.execution.recovery import Recovery
 from chunkplan.service.execution.replanning import Replanner
 from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.machines.devices import Device
 from chunkplan.service.operation.metrics import Metrics
 from chunkplan.service.settings import Settings
 
@@ -232,7 +232,9 @@ class Supervisor:
                 self._execution.kill(following.handle.attempt_id)
 
     def _stop_without_database(self) -> None:
-        """Ends the attempts with the server; whoever comes next reads their last words and queues their jobs."""
+        """Ends the attempts with the server; whoever comes next reads their last words and queues
+        their jobs.
+        """
         for following in list(self._following.values()):
             if self._execution.status(following.handle.attempt_id).exit_code is None:
                 self._stop(following)
@@ -265,7 +267,9 @@ class Supervisor:
         return sum(following.handle.device == device.name for following in self._following.values())
 
     def _lease_until(self) -> float:
-        """Of a lease that is written next: counted from before, so that it is over here before it is elsewhere."""
+        """Of a lease that is written next: counted from before, so that it is over here before it is
+        elsewhere.
+        """
         return self._clock.elapsed() + self._settings.lease_seconds
 
     def _launch(self, claimed: Claimed, device: Device, lease_until: float) -> None:
@@ -287,7 +291,9 @@ class Supervisor:
             self._begin(following)
 
     def _begin(self, following: Following) -> None:
-        """Records the attempt's process, and only then lets it do anything: nothing runs that nobody would find."""
+        """Records the attempt's process, and only then lets it do anything: nothing runs that nobody would
+        find.
+        """
         handle = following.handle
         self._ledger.record_process(handle, following.process)
         self._execution.begin(handle.attempt_id)

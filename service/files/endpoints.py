@@ -8,10 +8,10 @@ from fastapi import APIRouter, File, Form, UploadFile
 from starlette.responses import FileResponse
 
 from chunkplan.engine.errors import InputError
-from chunkplan.service.http.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
 from chunkplan.service.errors import NotFound
 from chunkplan.service.files.repository import FileRepository
 from chunkplan.service.files.schemas import FileDeleted, FileView
+from chunkplan.service.http.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
 from chunkplan.service.kit.paging import OptionalText, Page, WidestWindowDep
 
 router = APIRouter(prefix="/v1/files", tags=["files"])

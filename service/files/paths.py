@@ -1,5 +1,5 @@
-"""Paths that users name must lie, with every symbolic link followed, below a configured root, and must not be another
-project's.
+"""Paths that users name must lie, with every symbolic link followed, below a configured root, and must not be
+another project's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ IsAllowed = Callable[[Path], bool]
 class Paths:
     """What a project may name on this machine.
 
-    Of the service's own folders that is what the project has uploaded and what its jobs have made; the database and
-    the locks are nobody's.
+    Of the service's own folders that is what the project has uploaded and what its jobs have made; the
+    database and the locks are nobody's.
     """
 
     def __init__(self, database: Database, settings: Settings) -> None:
@@ -72,7 +72,9 @@ class Paths:
 
 
 def _first_part(path: Path, folder: Path) -> str | None:
-    """Name of what contains a real path directly below a folder; None when it lies elsewhere, "" for the folder."""
+    """Name of what contains a real path directly below a folder; None when it lies elsewhere, "" for the
+    folder.
+    """
     folder = folder.resolve()
     if not path.is_relative_to(folder):
         return None

@@ -11,13 +11,13 @@ from sqlalchemy.orm import Session
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.files import sync_path
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import FileRow
 from chunkplan.service.errors import Conflict
 from chunkplan.service.files.repository import FileRepository
-from chunkplan.service.kit.ids import new_id
 from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.kit.ids import new_id
 from chunkplan.service.settings import Settings
 
 _BLOCK_BYTES = 1 << 20

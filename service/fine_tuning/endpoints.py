@@ -14,13 +14,21 @@ from sqlalchemy.orm import Session
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import MetadataKey, MetadataValue
 from chunkplan.service.db.tables import JobRow
-from chunkplan.service.http.dependencies import CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, StreamTurn, WriteSession
-from chunkplan.service.http.examples import FINE_TUNING
 from chunkplan.service.fine_tuning.requests import FineTuningRequest, in_their_words, job_request
 from chunkplan.service.fine_tuning.schemas import FineTuningCheckpointView, FineTuningEventView, FineTuningJobView
+from chunkplan.service.http.dependencies import (
+    CallerDep,
+    JobsDep,
+    PlanTurn,
+    ReadSession,
+    ServicesDep,
+    StreamTurn,
+    WriteSession,
+)
+from chunkplan.service.http.examples import FINE_TUNING
+from chunkplan.service.job_states import JobState
 from chunkplan.service.jobs.idempotency import HEADER
 from chunkplan.service.jobs.repository import JobRepository
-from chunkplan.service.job_states import JobState
 from chunkplan.service.jobs.stream import LastEvent, StreamedJob
 from chunkplan.service.kit.paging import LongWindowDep, Page, WindowDep
 from chunkplan.service.services import Services
@@ -116,9 +124,12 @@ def list_events(job_id: str, session: ReadSession, window: LongWindowDep) -> Pag
 async def stream_events(
     job: StreamedJob, last_event: LastEvent, services: ServicesDep, caller: CallerDep
 ) -> AsyncIterator[ServerSentEvent]:
-    """Events in their order as they happen, until the job has ended; ``Last-Event-ID`` resumes after one's ``id``."""
+    """Events in their order as they happen, until the job has ended; ``Last-Event-ID`` resumes after one's
+    ``id``.
+    """
     async for row in services.feed.events(caller, job, last_event):
-        # The stream's own ids are left out: after one, OpenAI's client takes the comments in between for events.
+        # The stream's own ids are left out: after one, OpenAI's client takes the comments in between for
+        # events.
         yield ServerSentEvent(raw_data=FineTuningEventView.of(row).model_dump_json())
 
 

@@ -1,4 +1,6 @@
-"""From OpenAI's request for a fine-tuning job to a job request; what cannot be done is refused by its name. Pure."""
+"""From OpenAI's request for a fine-tuning job to a job request; what cannot be done is refused by its name.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Supervised(SpecModel):
 
 
 class Method(SpecModel):
-    """How to train: supervised. Whether all parameters are trained, or adapters, says ``chunkplan.training.method``."""
+    """How to train: supervised. Whether all parameters are trained, or adapters, says
+    ``chunkplan.training.method``.
+    """
 
     type: Literal["supervised"] = "supervised"
     supervised: Supervised | None = None
@@ -88,7 +92,8 @@ class FineTuningRequest(SpecModel):
     """What OpenAI's clients send to create a job, and ``chunkplan`` with everything that is ours."""
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
-    """A catalog id, a Hugging Face name of the catalog, or a folder: a path that begins with ``/``, ``.`` or ``~``."""
+    """A catalog id, a Hugging Face name of the catalog, or a folder: a path that begins with ``/``, ``.`` or
+    ``~``."""
     training_file: Annotated[str, Field(min_length=1, max_length=80)]
     validation_file: Annotated[str, Field(min_length=1, max_length=80)] | None = None
     method: Method | None = None

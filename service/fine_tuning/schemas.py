@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from chunkplan.service.db.tables import CheckpointRow, EventRow, JobRow
 from chunkplan.service.fine_tuning.requests import BASE_LEARNING_RATE, their_field
-from chunkplan.service.jobs.schemas import JobView
 from chunkplan.service.job_states import JobState
+from chunkplan.service.jobs.schemas import JobView
 from chunkplan.service.kit.paging import Listed
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]

@@ -24,7 +24,9 @@ _READING = {"GET", "HEAD"}
 
 
 class RequestContext:
-    """Names every request (``X-Request-ID``), measures and logs it, and answers what nobody else has answered."""
+    """Names every request (``X-Request-ID``), measures and logs it, and answers what nobody else has
+    answered.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -108,8 +110,8 @@ def is_nested_deeper(text: bytes | bytearray, max_depth: int) -> bool:
 
 
 class BodyLimit:
-    """Refuses bodies that are too long: before reading when they say so, while reading when they do not; and text that
-    is nested too deep, before anything parses it.
+    """Refuses bodies that are too long: before reading when they say so, while reading when they do not; and
+    text that is nested too deep, before anything parses it.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, upload_path: str, max_depth: int) -> None:

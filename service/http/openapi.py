@@ -1,6 +1,8 @@
-"""The API's description: what FastAPI finds out, and what can go wrong where, which follows from method and path.
+"""The API's description: what FastAPI finds out, and what can go wrong where, which follows from method and
+path.
 
-``python -m chunkplan.service.http.openapi docs/openapi.json`` writes the copy that is kept, and that a test compares.
+``python -m chunkplan.service.http.openapi docs/openapi.json`` writes the copy that is kept, and that a test
+compares.
 """
 
 from __future__ import annotations

@@ -9,8 +9,17 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from chunkplan.engine.spec import JobRequest
 from chunkplan.service.db.tables import JobRow
-from chunkplan.service.http.dependencies import CONTENT, CallerDep, JobsDep, PlanTurn, ReadSession, ServicesDep, WriteSession
+from chunkplan.service.http.dependencies import (
+    CONTENT,
+    CallerDep,
+    JobsDep,
+    PlanTurn,
+    ReadSession,
+    ServicesDep,
+    WriteSession,
+)
 from chunkplan.service.http.examples import JOB
+from chunkplan.service.job_states import JobState
 from chunkplan.service.jobs.artifacts import artifact_file
 from chunkplan.service.jobs.idempotency import HEADER
 from chunkplan.service.jobs.repository import JobRepository
@@ -23,7 +32,6 @@ from chunkplan.service.jobs.schemas import (
     JobView,
     MetricView,
 )
-from chunkplan.service.job_states import JobState
 from chunkplan.service.kit.paging import LongWindowDep, OptionalText, Page, WindowDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -37,7 +45,9 @@ def submit_job(
     dry_run: Annotated[bool, Query(description="check, plan and admit; store no job")] = False,
     idempotency_key: Annotated[str | None, Header(alias=HEADER)] = None,
 ) -> Response:
-    """Submit a job: 201 with Location. It is planned and admitted first; what does not fit is refused with 409."""
+    """Submit a job: 201 with Location. It is planned and admitted first; what does not fit is refused with
+    409.
+    """
     if dry_run:
         return JSONResponse(jobs.dry_run(caller.project, request).model_dump(mode="json"))
     answer = jobs.submit(caller.project, request, idempotency_key)

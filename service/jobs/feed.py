@@ -58,7 +58,9 @@ class EventFeed:
         self._turn = anyio.Lock()
 
     async def events(self, caller: Caller, job_id: str, last_event: int) -> AsyncIterator[EventRow]:
-        """A job's events after one, until the job has ended, the caller's key has, or the server is about to stop."""
+        """A job's events after one, until the job has ended, the caller's key has, or the server is about to
+        stop.
+        """
         self._streams[job_id, caller] += 1
         try:
             while not self._closing.is_set():

@@ -1,4 +1,5 @@
-"""Idempotency-Key: the same body replays the first answer, another body is refused, one in flight is a conflict.
+"""Idempotency-Key: the same body replays the first answer, another body is refused, one in flight is a
+conflict.
 
 The unique key does the work: whoever inserts the row holds the claim, everybody else reads what became of it.
 """
@@ -14,10 +15,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chunkplan.engine.errors import InputError
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database
 from chunkplan.service.db.tables import IdempotencyRow
 from chunkplan.service.errors import Conflict, Unprocessable
+from chunkplan.service.kit.clock import Clock
 from chunkplan.service.kit.ids import new_id
 
 HEADER = "Idempotency-Key"

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chunkplan.engine.data import check_dataset
-from chunkplan.engine.errors import InputError
 from chunkplan.engine.data.rows import FormatChoice
+from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import DatasetSpec, JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
 from chunkplan.planner.catalog import find_gpu, find_model
 from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest
 from chunkplan.service.db import Database
-from chunkplan.service.machines.devices import Choice, Device, choose
+from chunkplan.service.files.paths import Paths
 from chunkplan.service.files.repository import FileRepository
 from chunkplan.service.jobs.admission import admit, resolved_training
+from chunkplan.service.machines.devices import Choice, Device, choose
 from chunkplan.service.plans.repository import PlanRepository
 from chunkplan.service.plans.service import PlanService
-from chunkplan.service.files.paths import Paths
 from chunkplan.service.settings import Settings
 
 

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
 from chunkplan.service.errors import NotFound
-from chunkplan.service.kit.ids import is_well_formed
 from chunkplan.service.job_states import ACTIVE, JobState
+from chunkplan.service.kit.ids import is_well_formed
 from chunkplan.service.kit.paging import Window, by_number, newest_first
 
 

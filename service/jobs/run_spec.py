@@ -1,14 +1,16 @@
-"""From a checked request to what the engine runs: one definition for the service and ``chunkplan train``. Pure."""
+"""From a checked request to what the engine runs: one definition for the service and ``chunkplan train``.
+Pure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from chunkplan.engine.export.names import output_name, output_prefix
 from chunkplan.engine.data.readers import is_running_text
-from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning
+from chunkplan.engine.export.names import output_name, output_prefix
 from chunkplan.engine.spec import JobRequest, JobTraining, RunSpec, ScheduleSpec
+from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning
 from chunkplan.planner.catalog import find_model
 from chunkplan.planner.spec import Plan
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from chunkplan.engine.stream.schedule import few_updates_warning
 from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.stream.schedule import few_updates_warning
 from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
 from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.kit.paging import Listed
@@ -214,8 +214,8 @@ class MetricView(Listed):
 
 
 class CheckpointView(Listed):
-    """A checkpoint that was complete when it was recorded; old ones are removed as new ones come, and all of them when
-    the job has succeeded.
+    """A checkpoint that was complete when it was recorded; old ones are removed as new ones come, and all of
+    them when the job has succeeded.
     """
 
     id: str

@@ -9,20 +9,20 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from chunkplan.engine.spec import JobRequest
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import JobRow
 from chunkplan.service.errors import Conflict
-from chunkplan.service.machines.devices import Device
-from chunkplan.service.kit.ids import new_id
+from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.idempotency import Answer, IdempotencyKeys
 from chunkplan.service.jobs.preparation import JobPreparation, PreparedJob
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.run_spec import run_spec, settings_warnings
 from chunkplan.service.jobs.schemas import DryRun, JobView
-from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.transitions import add_event, transition
 from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.machines.devices import Device
 from chunkplan.service.plans.service import PlanService
 from chunkplan.service.settings import Settings
 

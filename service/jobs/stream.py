@@ -39,8 +39,8 @@ async def stream_events(
     services: ServicesDep,
     caller: CallerDep,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Events as they happen; ``Last-Event-ID`` resumes after an event. The stream ends when the job has ended, or the
-    key does.
+    """Events as they happen; ``Last-Event-ID`` resumes after an event. The stream ends when the job has
+    ended, or the key does.
     """
     async for row in services.feed.events(caller, job, last_event):
         event = EventView.of(row)

@@ -1,8 +1,8 @@
 """Whose turn it is. Pure.
 
-Jobs age: a point of priority is worth as much as a fixed time of waiting. As all wait equally fast, the order of two
-jobs never changes while they wait, and is that of a time which is known when a job is submitted: whose is earliest is
-next. A database finds it with an index, however long the queue is, and no job waits for ever.
+Jobs age: a point of priority is worth as much as a fixed time of waiting. As all wait equally fast, the order
+of two jobs never changes while they wait, and is that of a time which is known when a job is submitted: whose
+is earliest is next. A database finds it with an index, however long the queue is, and no job waits for ever.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the time comes from: injected wherever time decides something.
 
-The time of day can be set, forwards and back, and differs between machines: it says when something happened. How long
-something takes, and whether it took too long, is measured by `Clock.elapsed`, which nobody sets.
+The time of day can be set, forwards and back, and differs between machines: it says when something happened.
+How long something takes, and whether it took too long, is measured by `Clock.elapsed`, which nobody sets.
 """
 
 from __future__ import annotations

@@ -18,5 +18,7 @@ def new_id(prefix: str, now: datetime) -> str:
 
 
 def is_well_formed(identifier: str) -> bool:
-    """Whether a string from a client can be an identifier at all; anything else never reaches the database."""
+    """Whether a string from a client can be an identifier at all; anything else never reaches the
+    database.
+    """
     return _WELL_FORMED.fullmatch(identifier) is not None

@@ -95,7 +95,8 @@ def choose(devices: Sequence[Device], asked: str | dict[str, Any] | None) -> Cho
 
 
 def local_devices(declared: Sequence[DeviceSetting] = (), max_jobs: int = 1) -> list[Device]:
-    """The declared devices, or else every accelerator that the driver shows, and the processor. The first is default.
+    """The declared devices, or else every accelerator that the driver shows, and the processor. The first is
+    default.
 
     Args:
         declared: by the operator.

@@ -11,8 +11,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
 from chunkplan.service.db import current_revision, head_revision
-from chunkplan.service.http.dependencies import AdminOnly, ServicesDep
 from chunkplan.service.errors import Busy
+from chunkplan.service.http.dependencies import AdminOnly, ServicesDep
 from chunkplan.service.services import Services
 
 router = APIRouter(tags=["operation"])

@@ -8,10 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database
-from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.job_states import JobState
+from chunkplan.service.jobs.repository import JobRepository
+from chunkplan.service.kit.clock import Clock
 
 _PLAN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 _RESIDUAL_BUCKETS = (-0.1, -0.05, -0.03, -0.01, 0.0, 0.01, 0.03, 0.05, 0.1, 0.2)

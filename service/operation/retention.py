@@ -1,7 +1,8 @@
 """Deleting what is past its retention, a few rows at a time, so that nobody waits for it.
 
-Every batch is a unit of work of its own, and between two of them the database is left alone for as long as one took.
-It may be stopped anywhere, repeated at any time, and run by several servers at once: they pass over each other's rows.
+Every batch is a unit of work of its own, and between two of them the database is left alone for as long as
+one took. It may be stopped anywhere, repeated at any time, and run by several servers at once: they pass over
+each other's rows.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 import structlog
 from sqlalchemy import ColumnElement, delete, select, true, tuple_
 
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database
 from chunkplan.service.db.tables import EventRow, IdempotencyRow, JobRow, SampleRow
 from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.clock import Clock
 from chunkplan.service.operation.metrics import Metrics
 from chunkplan.service.settings import Settings
 

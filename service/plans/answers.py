@@ -1,4 +1,6 @@
-"""Answers to requests that were made before, as they are sent: neither read from the database nor written anew."""
+"""Answers to requests that were made before, as they are sent: neither read from the database nor written
+anew.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def list_plans(
 def compare_plans(
     request: Annotated[CompareRequest, Body(examples=[COMPARISON])], plans: PlansDep, caller: CallerDep
 ) -> Page[Comparison | Refusal]:
-    """One model against several devices and methods: for each pair a plan, or an entry that says why there is none."""
+    """One model against several devices and methods: for each pair a plan, or an entry that says why there is
+    none.
+    """
     return Page.of(plans.compare(caller.project, request))
 
 
@@ -86,7 +88,8 @@ def show_timeline(
     """The footprint over one cycle: live bytes by category, layer by layer.
 
     `format`: `json`; `perfetto`, a trace for ui.perfetto.dev and chrome://tracing; `memory_snapshot`, for
-    pytorch.org/memory_viz the allocations of one `chunk` (default: that with the peak); `svg` and `png`, the picture.
+    pytorch.org/memory_viz the allocations of one `chunk` (default: that with the peak); `svg` and `png`, the
+    picture.
     """
     if form == "json" and chunk is None:
         return plans.timeline(caller.project, plan_id)

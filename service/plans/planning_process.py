@@ -1,4 +1,6 @@
-"""The planner in processes of its own: warm, bounded in time and memory. The server itself never imports torch."""
+"""The planner in processes of its own: warm, bounded in time and memory. The server itself never imports
+torch.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class _Worker:
 
 
 class PlannerProcess:
-    """Runs `planner.plan`, `planner.timeline` and exports in spawned processes, one request at a time in each.
+    """Runs `planner.plan`, `planner.timeline` and exports in spawned processes, one request at a time in
+    each.
 
     Args:
         timeout_seconds: a request that takes longer is given up and its process killed.
@@ -119,7 +122,9 @@ class _Lane:
         self._worker: _Worker | None = None
 
     def run(self, function: Callable[[str], Answer], request: str) -> Answer:
-        """One try, and another in a fresh process if the first one's died: not every death is the request's fault."""
+        """One try, and another in a fresh process if the first one's died: not every death is the request's
+        fault.
+        """
         try:
             return self._try(function, request)
         except BrokenProcessPool:
@@ -177,8 +182,8 @@ _OUT_OF_MEMORY: Answer = ("memory",)
 
 
 def _initialise(memory_bytes: int | None) -> None:
-    """In the new process: take no more memory than allowed, give way to the server, leave Ctrl-C to it, and never
-    outlive it.
+    """In the new process: take no more memory than allowed, give way to the server, leave Ctrl-C to it, and
+    never outlive it.
     """
     os.nice(_NICENESS)
     if memory_bytes is not None:
@@ -228,7 +233,8 @@ def _answer(compute: Callable[[], str | bytes]) -> Answer:
 def _ran_out_of_memory(error: BaseException | None) -> bool:
     """Also when a library has made another error of it, and the planner a refusal of that.
 
-    Python says SystemError where C code failed and named no reason, which it does when it has no memory for one.
+    Python says SystemError where C code failed and named no reason, which it does when it has no memory for
+    one.
     """
     while error is not None:
         if isinstance(error, MemoryError | SystemError) or any(

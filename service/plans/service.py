@@ -7,23 +7,23 @@ from itertools import product
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ModelConfig, ModelPath
-from chunkplan.planner.catalog import find_gpu
 from chunkplan.planner.answers.comparison import single_request
-from chunkplan.planner.report.formats import Format
 from chunkplan.planner.answers.plan import Planner as Planning
 from chunkplan.planner.answers.plan import plan_id
+from chunkplan.planner.catalog import find_gpu
+from chunkplan.planner.report.formats import Format
 from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest, Timeline
-from chunkplan.service.kit.json_limits import check_json
-from chunkplan.service.kit.clock import Clock
 from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import PlanRow, PlanUseRow
 from chunkplan.service.errors import Conflict, Unprocessable
+from chunkplan.service.files.paths import Paths
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.kit.json_limits import check_json
 from chunkplan.service.operation.metrics import Metrics
 from chunkplan.service.plans.answers import Answer, Answers
+from chunkplan.service.plans.planning_process import Planner
 from chunkplan.service.plans.repository import PlanRepository
 from chunkplan.service.plans.schemas import CompareRequest, Comparison, Refusal
-from chunkplan.service.plans.planning_process import Planner
-from chunkplan.service.files.paths import Paths
 from chunkplan.service.settings import Settings
 
 
@@ -60,7 +60,9 @@ class PlanService:
         return self._use(project, stored)
 
     def known_answer(self, project: str, request: PlanRequest) -> Answer | None:
-        """The answer to a request that the project has made before; raises as :meth:`plan` does. Needs no planner."""
+        """The answer to a request that the project has made before; raises as :meth:`plan` does. Needs no
+        planner.
+        """
         plan_id = content_id(self._checked(project, request))
         answer = self._answers.find(project, plan_id)
         if answer is not None:
@@ -70,7 +72,9 @@ class PlanService:
         return None if use is None else self._answers.keep(project, Answer.of(use))
 
     def answer(self, project: str, request: PlanRequest) -> tuple[Answer, bool]:
-        """The answer to any request, and whether the plan is new to the project; raises as :meth:`plan` does."""
+        """The answer to any request, and whether the plan is new to the project; raises as
+        :meth:`plan` does.
+        """
         use, is_new = self.plan(project, request)
         return self._answers.keep(project, Answer.of(use)), is_new
 
@@ -87,7 +91,8 @@ class PlanService:
         return use, True
 
     def compare(self, project: str, request: CompareRequest) -> list[Comparison | Refusal]:
-        """A plan or a refusal per device and method, devices outermost; no new plan once one's longest time is over.
+        """A plan or a refusal per device and method, devices outermost; no new plan once one's longest time
+        is over.
 
         Raises:
             InputError: every one is refused; names the first one's field.
@@ -116,7 +121,8 @@ class PlanService:
 
         Raises:
             NotFound: there is no such plan.
-            Conflict: the planner or the model has changed since, so that a timeline would contradict the plan.
+            Conflict: the planner or the model has changed since, so that a timeline would contradict the
+                plan.
         """
         timeline = self._planner.timeline(self._current(project, plan_id).request)
         return thin(timeline, self._settings.max_timeline_points)
@@ -176,5 +182,7 @@ def thin(timeline: Timeline, max_points: int) -> Timeline:
 
 
 def content_id(request: PlanRequest) -> str:
-    """The id that the plan of a request has: of the request, what its names stand for, and the planner itself."""
+    """The id that the plan of a request has: of the request, what its names stand for, and the planner
+    itself.
+    """
     return plan_id(request, Planning(request))

@@ -1,6 +1,6 @@
-"""Percentiles from counts: magnitudes are put into buckets whose bounds grow by a constant factor, so that a percentile
-read from the counts is within 2 % of the exact one (the idea of DDSketch, Masson et al. 2019), and databases need only
-group and add, which they all do alike.
+"""Percentiles from counts: magnitudes are put into buckets whose bounds grow by a constant factor, so that a
+percentile read from the counts is within 2 % of the exact one (the idea of DDSketch, Masson et al. 2019), and
+databases need only group and add, which they all do alike.
 """
 
 from __future__ import annotations

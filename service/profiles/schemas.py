@@ -11,7 +11,9 @@ from chunkplan.service.kit.paging import Listed
 
 
 class ProfileView(Listed):
-    """What a finished job measured against its plan. Errors are relative: (predicted - measured) / measured."""
+    """What a finished job measured against its plan. Errors are relative: (predicted - measured)
+    / measured.
+    """
 
     id: str
     object: Literal["profile"] = "profile"
@@ -39,7 +41,9 @@ class ProfileView(Listed):
 
 
 class ProfileDetail(ProfileView):
-    """A profile with its other counters, which are known for as long as the job's samples and events are kept."""
+    """A profile with its other counters, which are known for as long as the job's samples and events are
+    kept.
+    """
 
     measured_reserved_bytes: int | None = None
     """What the caching allocator took at most; on the CPU what tensors took."""

@@ -9,10 +9,10 @@ from sqlalchemy.orm import Session
 
 from chunkplan.planner.calibration.residuals import STEP, residuals
 from chunkplan.planner.spec import Plan
-from chunkplan.service.profiles.percentiles import bucket_of
 from chunkplan.service.db.tables import JobRow, ProfilePhaseRow, ProfileRow
 from chunkplan.service.kit.ids import new_id
 from chunkplan.service.plans.repository import PlanRepository
+from chunkplan.service.profiles.percentiles import bucket_of
 from chunkplan.service.profiles.repository import ProfileRepository
 
 

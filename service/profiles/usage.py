@@ -21,7 +21,9 @@ class UsageBook:
         self._planned_bytes: int | None = None
 
     def add_step(self, at: datetime, seconds: float, num_tokens: int, allocated_bytes: int | None) -> None:
-        """Adds one training step that ended at a time; ``allocated_bytes`` is None when nothing was measured."""
+        """Adds one training step that ended at a time; ``allocated_bytes`` is None when nothing
+        was measured.
+        """
         day = self._day(at.astimezone(UTC).date())
         day.num_steps += 1
         day.num_tokens += num_tokens

@@ -12,9 +12,9 @@ import structlog
 from sqlalchemy import func, select
 
 from chunkplan.service.access.service import Access
-from chunkplan.service.kit.clock import SystemClock
 from chunkplan.service.db import Database
 from chunkplan.service.db.base import Base
+from chunkplan.service.kit.clock import SystemClock
 from chunkplan.service.operation.logs import configure_logging
 from tests.api.requests import job_request
 

@@ -1,4 +1,6 @@
-"""The devices of a host, as the driver shows or the operator declares them, and which ones a job may run on."""
+"""The devices of a host, as the driver shows or the operator declares them, and which ones a job
+may run on.
+"""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,6 @@
-"""For every route that there is: nobody without a key, nobody without the scope, nobody from another project."""
+"""For every route that there is: nobody without a key, nobody without the scope, nobody from
+another project.
+"""
 
 from datetime import timedelta
 from types import SimpleNamespace
@@ -20,8 +22,8 @@ from chunkplan.service.db.tables import (
     ProfileRow,
     SampleRow,
 )
-from chunkplan.service.kit.ids import new_id
 from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.ids import new_id
 from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
 

@@ -1,4 +1,5 @@
-"""How much is too much: requests, uploads, jobs, streams, plans, bodies; refused with a reason, nothing stored."""
+"""How much is too much: requests, uploads, jobs, streams, plans, bodies; refused with a reason, nothing
+stored."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

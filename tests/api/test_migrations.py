@@ -8,7 +8,6 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, select, text
 
-from chunkplan.service.profiles.percentiles import bucket_of
 from chunkplan.service.db import Database, current_revision, downgrade, head_revision, upgrade
 from chunkplan.service.db.base import Base
 from chunkplan.service.db.check import check
@@ -23,6 +22,7 @@ from chunkplan.service.db.tables import (
     PlanUseRow,
     ProfilePhaseRow,
 )
+from chunkplan.service.profiles.percentiles import bucket_of
 
 
 def test_upgrade_creates_exactly_the_tables_of_the_models(empty_database_url):

@@ -9,8 +9,8 @@ from openai import OpenAI, Stream
 from openai.types.fine_tuning import FineTuningJobEvent
 
 from chunkplan.service.access.service import Access
-from chunkplan.service.kit.clock import SystemClock
 from chunkplan.service.db import Database
+from chunkplan.service.kit.clock import SystemClock
 from tests.conftest import TINY_MODEL
 from tests.support.live import TRAINING
 from tests.support.waiting import wait_for

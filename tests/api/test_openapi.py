@@ -17,7 +17,8 @@ def document():
 
 def test_the_description_is_the_one_that_is_kept(document):
     assert document == json.loads(SNAPSHOT.read_text()), (
-        "the API has changed: if that is meant, run `python -m chunkplan.service.http.openapi docs/openapi.json` and commit it"
+        "the API has changed: if that is meant, run "
+        "`python -m chunkplan.service.http.openapi docs/openapi.json` and commit it"
     )
 
 

@@ -28,7 +28,8 @@ def test_a_plan_is_201_when_new_and_200_when_known(client):
 
 
 def test_gemma_3s_published_config_is_planned(client):
-    """With fewer layers: two lists of them, of which one has kinds, and its config does not say which is which."""
+    """With fewer layers: two lists of them, of which one has kinds, and its config does not say which is
+    which."""
     config = {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",

@@ -8,11 +8,11 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from chunkplan.service.db.tables import JobRow
-from chunkplan.service.machines.devices import Device
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
 from chunkplan.service.execution.ledger import Ledger
-from chunkplan.service.kit.ids import new_id
 from chunkplan.service.job_states import JobState
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.machines.devices import Device
 from chunkplan.service.operation.retention import Retention
 from chunkplan.service.services import build_services
 from tests.api.requests import job_request

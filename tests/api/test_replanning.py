@@ -1,4 +1,5 @@
-"""Plans that are out of date, or did not hold, are made anew before a job starts; and what rises above its bounds."""
+"""Plans that are out of date, or did not hold, are made anew before a job starts; and what rises above its
+bounds."""
 
 from dataclasses import replace
 

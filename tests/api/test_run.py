@@ -1,4 +1,5 @@
-"""A whole run through a real server: submit, follow, download, compare with the plan. The server never loads torch."""
+"""A whole run through a real server: submit, follow, download, compare with the plan. The server never loads
+torch."""
 
 import hashlib
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from chunkplan.service.cli.settings_file import as_toml
 from chunkplan.service.serve import main
 from chunkplan.service.settings import Settings
-from chunkplan.service.cli.settings_file import as_toml
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from chunkplan.service.jobs.service import _CANCEL, _PAUSE, _RESUME
 from chunkplan.service.job_states import TRANSITIONS, JobState
+from chunkplan.service.jobs.service import _CANCEL, _PAUSE, _RESUME
 
 FINAL = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED}
 

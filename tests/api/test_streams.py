@@ -22,7 +22,8 @@ def write_events(services, clock, job_id, count):
 
 
 def follow(services, clock, job_ids, starts, num_rounds=6):
-    """The ids that streams from these places saw of each job, while events were written and then the jobs cancelled."""
+    """The ids that streams from these places saw of each job, while events were written and then the jobs
+    cancelled."""
     seen = {(job_id, number): [] for job_id in job_ids for number in range(len(starts))}
 
     async def stream(job_id, number):

@@ -100,7 +100,9 @@ def test_a_busy_device_is_waited_for(start_server, dataset, tmp_path):
 
 
 def test_a_poisoned_job_ends_with_the_trainers_last_error(server, dataset, tmp_path):
-    """The dataset disappears between submission and training: the trainer says so, once, and that is final."""
+    """The dataset disappears between submission and training: the trainer says so, once, and that
+    is final.
+    """
     blocker = submit(server, dataset)
     path = tmp_path / "var" / "short-lived.jsonl"
     path.parent.mkdir(exist_ok=True)

@@ -31,7 +31,8 @@ def test_leases_and_grace_outlive_clocks_that_are_set(start_server, dataset, dat
             return connection.execute("SELECT lease_expires_at FROM attempts WHERE ended_at IS NULL").fetchone()[0]
 
         def jump(hours, renewals):
-            """Sets the clock; returns when its server has renewed its lease by it, every third of a lease's time."""
+            """Sets the clock; returns when its server has renewed its lease by it, every third of a lease's
+            time."""
             offset.write_text(str(hours * 3600))
             for _ in range(renewals):
                 last = lease()

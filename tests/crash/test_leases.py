@@ -17,7 +17,8 @@ def submit(server, dataset):
 
 
 def suspend_while_it_writes(server, database_url):
-    """Suspends the only server on a database in the middle of a unit of work that has written and holds locks."""
+    """Suspends the only server on a database in the middle of a unit of work that has written and holds
+    locks."""
     writing = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND backend_xid IS NOT NULL"
     with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as connection:
 

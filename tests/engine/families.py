@@ -71,7 +71,8 @@ FAMILIES = list(_FAMILIES)
 
 
 def tiny_model(family, dtype=torch.float32, seed=0, **overrides):
-    """A random model of a family, in training mode, with weights large enough for gradients to matter everywhere."""
+    """A random model of a family, in training mode, with weights large enough for gradients to matter
+    everywhere."""
     prefix, values = {**_FAMILIES, **UNLISTED}[family]
     attention = overrides.pop("attn", values.get("attn", "sdpa"))
     values = {**_COMMON, **{key: value for key, value in values.items() if key != "attn"}, **overrides}
@@ -97,7 +98,8 @@ def tiny_batch(num_rows=2, num_tokens=11, seed=1):
 
 
 def batch_for(model, **sizes):
-    """A batch of the model's task: hidden tokens and padding for masked models, a short answer for encoder-decoders."""
+    """A batch of the model's task: hidden tokens and padding for masked models, a short answer for
+    encoder-decoders."""
     batch, task = tiny_batch(**sizes), task_of(model)
     if task is Task.CAUSAL:
         return batch

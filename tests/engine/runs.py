@@ -63,7 +63,16 @@ def start_worker(run_dir, attempt=1, *arguments):
 
 def worker_command(run_dir, attempt, *arguments):
     """Command line of a worker."""
-    return [sys.executable, "-m", "chunkplan.engine.worker", "--run-dir", str(run_dir), "--attempt", str(attempt), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "chunkplan.engine.worker",
+        "--run-dir",
+        str(run_dir),
+        "--attempt",
+        str(attempt),
+        *arguments,
+    ]
 
 
 def worker_env():

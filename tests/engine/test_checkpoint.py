@@ -1,4 +1,5 @@
-"""Checkpoints: resumed is uninterrupted, damage is passed over and said, what did not change is not rewritten."""
+"""Checkpoints: resumed is uninterrupted, damage is passed over and said, what did not change is not
+rewritten."""
 
 import json
 

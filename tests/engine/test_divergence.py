@@ -43,7 +43,8 @@ def test_a_run_at_a_rate_that_is_only_too_high_goes_on(tmp_path):
 
 
 def test_noise_never_raises_the_alarm():
-    """Single rows stray by a nat and a half; ten thousand updates, learning or not, whatever the first row was."""
+    """Single rows stray by a nat and a half; ten thousand updates, learning or not, whatever the first row
+    was."""
     for seed in range(20):
         noise = random.Random(seed)
         learning = (max(0.02, 5.5 * math.exp(-i / 3000) + noise.gauss(0, 1.5)) for i in range(10_000))

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from chunkplan.engine import ChunkFT, InputError
-from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.optimizer.chunk_optimizer import OptimizerConfig
 from chunkplan.engine.optimizer.eight_bit import dequantise, quantise, tables
 from chunkplan.engine.spec import Optimizer, StateDtype, TrainingSpec, parse
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.updates import gradients, random_weight, run
 
@@ -46,7 +46,8 @@ def test_no_value_is_further_off_than_a_level_of_its_decade(is_signed, error):
     exact = exact if is_signed else exact.square()
     largest = exact.view(-1, 256).abs().amax(1).repeat_interleave(256)
     share = exact.abs() / largest
-    # Levels are spaced by 0.9 / n of their decade's upper end, to the next bf16 number, and half as many in the next.
+    # Levels are spaced by 0.9 / n of their decade's upper end, to the next bf16 number, and half as many in
+    # the next.
     decade = torch.where(share > 0, 10.0 ** share.clamp(min=1e-7).log10().ceil(), 0.0)
     levels_off = (stored(exact, is_signed) - exact).abs() / largest / error
     allowed = decade * (1 / decade.clamp(min=1e-7)).log10().exp2()

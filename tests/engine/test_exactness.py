@@ -1,20 +1,22 @@
 """The matrix: every family × every number of chunks × every chunk × every option against the dense gradient.
 
-Bit for bit where no tensor of the chunk is cut, within 1e-6 (fp32) or one unit in the last place (bf16) where one is.
+Bit for bit where no tensor of the chunk is cut, within 1e-6 (fp32) or one unit in the last place (bf16) where
+one is.
 """
 
 import pytest
 import torch
 
 from chunkplan.engine import ParameterStream, activate
-from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
 from chunkplan.engine.model.tasks import num_counted_tokens, task_of
+from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
 from tests.engine.families import FAMILIES, UNLISTED, batch_for, relative_error, tiny_model
 
 COUNTS = (1, 2, 7, 16, 33)
 BF16_ULP = 2**-8
 REORDERS = ("falcon-mamba",)
-"""torch.matmul folds dimensions by what requires a gradient: in these families' products, sums change their order."""
+"""torch.matmul folds dimensions by what requires a gradient: in these families' products, sums change their
+order."""
 
 
 def passes(model, options, num_micro_batches=1):
@@ -36,7 +38,9 @@ def dense(model, options, num_micro_batches=1):
 
 
 def places(values):
-    """Each bf16 value's place among all of them: neighbours, one unit in the last place apart, differ by one."""
+    """Each bf16 value's place among all of them: neighbours, one unit in the last place apart,
+    differ by one.
+    """
     bits = values.view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
@@ -69,8 +73,9 @@ def test_every_chunk_of_every_family(family):
 
 
 def test_t5_with_sdpa_takes_another_kernel_where_its_position_bias_is_frozen():
-    # The bias is the attention mask. torch's fused attention has no gradient of a mask, so that a mask that needs one
-    # goes through the plain products: same mathematics, sums in another order. With 'eager' the matrix is exact.
+    # The bias is the attention mask. torch's fused attention has no gradient of a mask, so that a mask that
+    # needs one goes through the plain products: same mathematics, sums in another order. With 'eager' the
+    # matrix is exact.
     model, options = tiny_model("t5", attn="sdpa"), StepOptions("standard")
     reference = dense(model, options)
     assert_exact(model, options, reference, tolerance=3e-6, reorders=True)

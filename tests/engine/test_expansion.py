@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from chunkplan.engine import ChunkFT, InputError
-from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.spec import TrainingSpec, parse
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from tests.engine.families import tiny_batch, tiny_model
 
 
@@ -54,7 +54,8 @@ def test_a_step_is_the_rate_in_root_mean_square_and_follows_the_gradients_sign()
 
 
 def test_rank_one_gradients_are_normalised_exactly():
-    # Squares of a rank-one matrix are the product of their row and column means: every weight moves by the rate.
+    # Squares of a rank-one matrix are the product of their row and column means: every weight moves by the
+    # rate.
     parameter = torch.nn.Parameter(torch.zeros(5, 7))
     expansion = Expansion([("w", parameter)])
     expansion.learning_rate = 0.01

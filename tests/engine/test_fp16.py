@@ -1,4 +1,5 @@
-"""fp16: weights rounded without bias, gradients scaled so that they do not vanish, updates skipped that overflowed."""
+"""fp16: weights rounded without bias, gradients scaled so that they do not vanish, updates skipped that
+overflowed."""
 
 import json
 
@@ -6,10 +7,10 @@ import pytest
 import torch
 
 from chunkplan.engine import ChunkFT, InputError
-from chunkplan.engine.training.checkpoint import resume, save_checkpoint
-from chunkplan.engine.optimizer.rounding import stochastic_round_
 from chunkplan.engine.optimizer.loss_scale import MAX_SKIPPED_IN_ROW, LossScale
+from chunkplan.engine.optimizer.rounding import stochastic_round_
 from chunkplan.engine.spec import RunSpec, TrainingSpec, parse
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.training.step import StepOptions, evaluate
 from chunkplan.engine.training.trainer import Diverged, Trainer
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt

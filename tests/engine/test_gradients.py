@@ -1,4 +1,5 @@
-"""Chunks' gradients are slices of the dense gradients, whatever the operation; test_exactness has the families."""
+"""Chunks' gradients are slices of the dense gradients, whatever the operation; test_exactness has the
+families."""
 
 import copy
 
@@ -129,7 +130,8 @@ def test_any_operation_gives_the_dense_gradient(use):
 
 
 class Experts(nn.Module):
-    """A 3-D weight used in the ways that mixtures of experts use theirs, with an expert that nothing is routed to."""
+    """A 3-D weight used in the ways that mixtures of experts use theirs, with an expert that nothing is
+    routed to."""
 
     def __init__(self, use):
         super().__init__()

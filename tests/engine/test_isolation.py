@@ -5,6 +5,7 @@ import torch
 
 from chunkplan.engine import ChunkFT, ParameterStream, activate
 from chunkplan.engine.data import collate, joined
+from chunkplan.engine.data.tokens import IGNORE_INDEX, Tokens
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.model.packed_rows import check_isolation
 from chunkplan.engine.training.step import (
@@ -17,7 +18,6 @@ from chunkplan.engine.training.step import (
     num_counted_tokens,
     prepared,
 )
-from chunkplan.engine.data.tokens import IGNORE_INDEX, Tokens
 from tests.engine.families import FAMILIES, VOCAB_SIZE, relative_error, tiny_model
 
 REFUSED = {

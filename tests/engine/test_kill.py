@@ -1,4 +1,5 @@
-"""A run that is killed again and again, or whose newest checkpoint is damaged, ends where an undisturbed run ends."""
+"""A run that is killed again and again, or whose newest checkpoint is damaged, ends where an undisturbed run
+ends."""
 
 import os
 import random
@@ -23,7 +24,8 @@ SETTINGS = {
 }
 _FORKS = """
 import os, sys
-import chunkplan.engine.training.trainer, chunkplan.engine.worker  # imported once; every attempt is a process of its own
+# Imported once; every attempt is a process of its own.
+import chunkplan.engine.training.trainer, chunkplan.engine.worker
 for line in sys.stdin:
     run_dir, number = line.split()
     child = os.fork()

@@ -1,4 +1,5 @@
-"""LoRA through the engine's own loop: the gradients and updates of peft and torch, and an adapter that peft loads."""
+"""LoRA through the engine's own loop: the gradients and updates of peft and torch, and an adapter that peft
+loads."""
 
 import importlib
 import json
@@ -13,10 +14,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from chunkplan.engine import ChunkFT, InputError
-from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.export.model_folder import export_model
 from chunkplan.engine.model.adapters import add_adapters, merge_adapters
 from chunkplan.engine.spec import LoraSpec, TrainingSpec, parse
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.worker import run_attempt
 from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
 from tests.engine.runs import events_of, exit_code, prepare_run, start_worker, wait_for
@@ -100,7 +101,8 @@ def test_twenty_updates_are_those_of_adamw_with_the_rates_of_lora_plus():
 
 
 def test_backpropagation_ends_at_the_lowest_adapter():
-    """No gradient is forced onto the embedding's output: with adapters only in layer 1, layer 0 is not recomputed."""
+    """No gradient is forced onto the embedding's output: with adapters only in layer 1, layer 0 is not
+    recomputed."""
     model = adapted(spec=SPEC.model_copy(update={"target_modules": ["layers.1.mlp.down_proj"]}))
     calls = []
     with tuner_of(model, activation_checkpointing="full") as tuner:

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
 from chunkplan.engine.gradients.fused_loss import IGNORE_INDEX, LogitTransform, block_tokens, fused_linear_cross_entropy
+from chunkplan.engine.model.tasks import task_of
 from chunkplan.engine.record.profiler import CpuProfiler
 from chunkplan.engine.training.step import StepOptions, compute_loss, num_counted_tokens
-from chunkplan.engine.model.tasks import task_of
 from tests.engine.families import (
     FAMILIES,
     UNLISTED,

@@ -1,4 +1,6 @@
-"""The mistakes of existing implementations (docs: algorithm.md, last section) that apply here: one test each."""
+"""The mistakes of existing implementations (docs: algorithm.md, last section) that apply here:
+one test each.
+"""
 
 import pytest
 import torch
@@ -7,10 +9,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate, states
-from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
-from chunkplan.engine.stream.schedule import Schedule, rate_factor
 from chunkplan.engine.spec import StateDtype, TrainingSpec, parse
+from chunkplan.engine.stream.schedule import Schedule, rate_factor
+from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.training.step import StepOptions, compute_loss, prepared
 from tests.engine.families import FAMILIES, dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 from tests.engine.test_transfer import Procrastinator
@@ -97,7 +99,8 @@ def test_mistake_06_second_moments_of_few_bits_decay(state_dtype):
             active[0].tensor.grad = torch.full((256,), 1.0 if update == 0 else 1e-3)
             optimizer.update(active, schedule.visit(update), 1e-3)
         rates.append(float((before - layer.weight.detach()).mean()))
-    # exp_avg / sqrt(exp_avg_sq): with a second moment that never decays, the step would stay below half of this.
+    # exp_avg / sqrt(exp_avg_sq): with a second moment that never decays, the step would stay below half of
+    # this.
     first, second = 1e-3, 1e-6 + 0.999**399 * (1.0 - 1e-6) * 0.001
     expected = 1e-3 * first / (second / (1.0 - 0.999**400)) ** 0.5
     assert rates[-1] == pytest.approx(expected, rel=0.1)

@@ -10,9 +10,9 @@ from torch import nn
 from chunkplan.engine import ChunkFT, ParameterStream, activate
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
 from chunkplan.engine.optimizer.rounding import stochastic_round_
-from chunkplan.engine.stream.schedule import Schedule
-from chunkplan.engine.spec import Order
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL
+from chunkplan.engine.spec import Order
+from chunkplan.engine.stream.schedule import Schedule
 from tests.engine.families import tiny_batch, tiny_model
 
 
@@ -55,7 +55,8 @@ def test_one_chunk_is_torchs_dense_adamw_bit_for_bit(family, max_grad_norm):
 
 
 def reference(num_chunks, num_updates, order="descending", switch_every=1, reset=False):
-    """The same schedule with one torch optimizer per chunk whose states never leave (or start anew at each visit)."""
+    """The same schedule with one torch optimizer per chunk whose states never leave (or start anew at each
+    visit)."""
     model = tiny_model("llama-tied")
     stream = ParameterStream(model)
     chunks, schedule = stream.partition(num_chunks), Schedule(num_chunks, Order(order), switch_every)

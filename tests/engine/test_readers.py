@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from chunkplan.engine import readers
 from chunkplan.engine.data import check_dataset
-from chunkplan.engine.errors import InputError
 from chunkplan.engine.data.rows import Conversation, Message, Passage, RowReader
+from chunkplan.engine.errors import InputError
 
 ROWS = {
     "messages": [{"messages": [{"role": "user", "content": f"a, \"{i}\"\nö"}, {"role": "assistant", "content": "b"}]}

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from chunkplan.engine.data import check_dataset
-from chunkplan.engine.errors import InputError
 from chunkplan.engine.data.rows import Conversation, Message, Passage, RowReader
+from chunkplan.engine.errors import InputError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
@@ -117,6 +117,7 @@ def test_missing_empty_and_unreadable_files(tmp_path):
 def test_reading_imports_no_torch(tmp_path):
     path = write(tmp_path / "rows.jsonl", CHAT)
     code = (
-        "import sys; from chunkplan.engine.data import check_dataset; check_dataset(sys.argv[1]); print('torch' in sys.modules)"
+        "import sys; from chunkplan.engine.data import check_dataset; "
+        "check_dataset(sys.argv[1]); print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code, str(path)], text=True) == "False\n"

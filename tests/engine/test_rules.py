@@ -7,8 +7,8 @@ from torch import nn
 from chunkplan.engine import InputError, ParameterStream, activate
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
 from chunkplan.engine.optimizer.rounding import join, split
-from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.engine.spec import Master, Optimizer, StateDtype, TrainingSpec, parse
+from chunkplan.engine.stream.schedule import Schedule
 from tests.engine.updates import gradients
 from tests.engine.updates import run as feed
 

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
-from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.model.loading import decoder_layers, load_model
-from chunkplan.engine.spec import Precision
-from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
 from chunkplan.engine.model.tasks import BatchPreparation, Task, task_of, task_of_config
+from chunkplan.engine.spec import Precision
+from chunkplan.engine.training.coverage import parameter_digests, updated_share
+from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
 from tests.engine.families import FAMILIES, UNLISTED, batch_for, tiny_batch, tiny_model
 from tests.engine.runs import write_job

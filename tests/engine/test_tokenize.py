@@ -22,7 +22,8 @@ PHI3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-# Reasoning is shown in the last turn only, as Qwen3 does: earlier turns render differently when they are last.
+# Reasoning is shown in the last turn only, as Qwen3 does: earlier turns render differently when they are
+# last.
 QWEN3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"

@@ -6,9 +6,9 @@ from torch import nn
 
 from chunkplan.engine import ParameterStream, activate, states
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
-from chunkplan.engine.stream.schedule import Schedule
-from chunkplan.engine.spec import Master, Optimizer, StateDtype
 from chunkplan.engine.optimizer.state_transfer import Lane
+from chunkplan.engine.spec import Master, Optimizer, StateDtype
+from chunkplan.engine.stream.schedule import Schedule
 
 
 class Procrastinator(Lane):
@@ -117,5 +117,6 @@ def test_the_device_never_holds_more_than_two_blocks_states():
         optimizer.update(active, Schedule(1).visit(0), 1e-3)
     num_blocks = 1 + 8
     assert len(optimizer.chunks[0].host) == num_blocks
-    # Beside the block that is on its way. All but the first travel while another is there, also to the next slice.
+    # Beside the block that is on its way. All but the first travel while another is there, also to the next
+    # slice.
     assert sorted(number for stream, number in counted if stream == "in") == [0] + [1] * (num_blocks - 1)

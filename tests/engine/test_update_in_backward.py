@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.planner_accuracy import CONFIGS, case, measure
 from chunkplan.engine import ChunkFT, InputError
-from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.spec import TrainingSpec, parse
+from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
 
 
@@ -25,7 +25,8 @@ def trained(family, num_updates, dtype=torch.float32, num_chunks=4, **options):
     + [(family, "none") for family in ("llama-tied", "gpt2", "mixtral", "t5")],
 )
 def test_weights_are_those_of_updates_after_backward(family, checkpointing):
-    # Recomputation must not read weights that were updated already, and a tied weight's gradient has two parts.
+    # Recomputation must not read weights that were updated already, and a tied weight's gradient has two
+    # parts.
     for num_chunks, num_updates in ((1, 2), (5, 5)):
         options = {"num_chunks": num_chunks, "activation_checkpointing": checkpointing}
         within = trained(family, num_updates, **options, update_in_backward=True)

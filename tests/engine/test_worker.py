@@ -151,7 +151,8 @@ def test_a_worker_whose_parent_is_killed_checkpoints_and_stops(tmp_path):
 
 
 def test_a_death_that_the_kernel_tells_twice_is_one_wish_to_stop(tmp_path):
-    """It tells of each of the parent's threads that dies while the worker is its child: of a server's, several."""
+    """It tells of each of the parent's threads that dies while the worker is its child: of a server's,
+    several."""
     run = prepare_run(tmp_path, max_steps=100_000)
     script = (
         "import subprocess, sys, threading\n"

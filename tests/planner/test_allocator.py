@@ -1,4 +1,6 @@
-"""The allocator simulator: PyTorch's published behaviour on known cases, and what must hold for any program."""
+"""The allocator simulator: PyTorch's published behaviour on known cases, and what must hold for
+any program.
+"""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""The catalogs: every name that a user may type, every fact against its published figure, every absurdity refused."""
+"""The catalogs: every name that a user may type, every fact against its published figure, every absurdity
+refused."""
 
 import json
 import math

@@ -2,14 +2,13 @@
 
 import pytest
 
-import chunkplan.planner.footprint.footprint
-import chunkplan.planner.trace.structure
-import chunkplan.planner.trace.tracer
-from chunkplan.engine.stream.chunks import Chunk, Slice, partition
 from chunkplan.engine.spec import TrainingSpec, parse
+from chunkplan.engine.stream.chunks import Chunk, Slice, partition
 from chunkplan.planner import PlanRequest, plan
+from chunkplan.planner.footprint import footprint
 from chunkplan.planner.footprint.compose import compose
 from chunkplan.planner.footprint.folded import Copies, fold
+from chunkplan.planner.trace import structure, tracer
 from chunkplan.planner.trace.step_trace import LayerRun, layer_runs
 from chunkplan.planner.trace.structure import chunk_roles, stand_ins
 from chunkplan.planner.trace.tracer import ModelTracer
@@ -197,7 +196,7 @@ def test_reserved_bytes_are_those_of_the_whole_model(changes, monkeypatch, tmp_p
     training = {"seq_len": 64, "micro_batch_size": 4, "optimizer": "adamw", **changes}
     request = parse(PlanRequest, {"model": {"config": config}, "gpu": "rtx-4090", "training": training})
     composed = plan(request).peak
-    for module in (planner.footprint, planner.trace, planner.structure):
+    for module in (footprint, tracer, structure):
         monkeypatch.setattr(module, "layer_runs", lambda roles: [LayerRun(index, 1) for index in range(len(roles))])
     monkeypatch.setenv("CHUNKPLAN_CACHE_DIR", str(tmp_path))
     assert plan(request).peak == composed

@@ -49,7 +49,8 @@ def rounded(size_bytes):
 
 
 def live_totals(events):
-    """Allocated bytes after every event; fails where a block is freed that is not live, or allocated over another."""
+    """Allocated bytes after every event; fails where a block is freed that is not live, or allocated over
+    another."""
     live, total = {}, 0
     for event in events:
         if event["action"] == "alloc":

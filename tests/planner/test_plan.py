@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from chunkplan.engine.stream.chunks import partition
 from chunkplan.engine.spec import ScheduleSpec, parse
+from chunkplan.engine.stream.chunks import partition
 from chunkplan.planner import PlanRequest, plan, timeline
 from chunkplan.planner.answers.plan import Planner
 

@@ -1,17 +1,19 @@
-"""Reserved bytes by known states are what the allocator says when every event of a cycle passes through it."""
+"""Reserved bytes by known states are what the allocator says when every event of a cycle passes
+through it.
+"""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.engine.spec import Order, parse
+from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner import PlanRequest
 from chunkplan.planner.allocator.caching import MIB, MIN_BLOCK_BYTES, CachingAllocator
-from chunkplan.planner.answers.plan import Planner
 from chunkplan.planner.allocator.pool import LARGEST_SMALL, Pool, Program, units
-from chunkplan.planner.footprint.reserved import Replay, reserved_bytes
+from chunkplan.planner.answers.plan import Planner
 from chunkplan.planner.footprint.block_events import Walk
+from chunkplan.planner.footprint.reserved import Replay, reserved_bytes
 from tests.planner.test_exports import CASES, TINY
 
 LAYERS = {"num_hidden_layers": 12}
@@ -151,7 +153,8 @@ def test_any_programs_in_any_order_reserve_what_their_events_reserve(actions, or
 
 
 def _pools_ops(actions):
-    """Operations of the large pool and the small one: an action takes a block, or gives back one of those it took."""
+    """Operations of the large pool and the small one: an action takes a block, or gives back one of those it
+    took."""
     found, live = ([], []), []
     for name, (size_bytes, choice) in enumerate(actions, start=1):
         if size_bytes is not None:

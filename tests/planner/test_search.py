@@ -1,4 +1,5 @@
-"""What auto finds, what fits, and what is said about it; every figure that is named is the plan of what it names."""
+"""What auto finds, what fits, and what is said about it; every figure that is named is the plan of what it
+names."""
 
 import json
 import os
@@ -61,7 +62,8 @@ def test_the_front_begins_with_what_was_chosen(found):
 
 
 def test_layers_keep_as_many_activations_as_fit():
-    """Where all activations are too many, the layers on top keep theirs: the fastest that fits is between the ends."""
+    """Where all activations are too many, the layers on top keep theirs: the fastest that fits is between the
+    ends."""
     config = LLAMA | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8}
 
     def asked(memory_limit_bytes=None, **changed):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout
+from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.planner import PlanRequest, plan, timeline
 from chunkplan.planner.footprint.folded import NO_COPIES, fold
-from chunkplan.planner.trace.step_trace import CATEGORIES
 from chunkplan.planner.trace.slice_update import trace_update
+from chunkplan.planner.trace.step_trace import CATEGORIES
 
 STATES = CATEGORIES.index("optimizer_states")
 

@@ -1,4 +1,6 @@
-"""The real server with a time of day that can be set: ``CLOCK_OFFSET_FILE`` holds how many seconds it is off."""
+"""The real server with a time of day that can be set: ``CLOCK_OFFSET_FILE`` holds how many
+seconds it is off.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ class PostgresCluster:
         wait_for(self._answers, "the Postgres cluster to answer")
 
     def stop(self) -> None:
-        """Ends the server at once, and every connection with it; what was committed is there when it comes back."""
+        """Ends the server at once, and every connection with it; what was committed is there when it comes
+        back."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(timeout=30)

@@ -10,6 +10,7 @@ import pytest
     ("module", "absent"),
     [
         ("engine", "torch transformers"),
+        ("chunkplan.engine", "torch transformers"),
         ("chunkplan.engine.data", "torch transformers"),
         ("planner", "torch transformers fastapi sqlalchemy matplotlib"),
         ("chunkplan.service.app", "torch transformers matplotlib"),

@@ -27,7 +27,9 @@ class FileRow(Owned, Base):
 
     @property
     def stored_name(self) -> str:
-        """Name of its content in the uploads folder: the id, with the suffix (``.csv``, ``.csv.gz``) of its format."""
+        """Name of its content in the uploads folder: the id, with the suffix (``.csv``, ``.csv.gz``) of its
+        format.
+        """
         suffixes = PurePath(self.filename.lower()).suffixes
         suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
         return self.id + (suffix if re.fullmatch(r"(\.[a-z0-9]{1,10})*", suffix) else "")

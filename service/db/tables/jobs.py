@@ -35,7 +35,8 @@ class JobRow(Owned, Base):
     model: Mapped[Reference]
     gpu: Mapped[Name]
     device: Mapped[Name]
-    """What a device must be called to run it: its kind (``cpu``, ``cuda``), its name (``cuda:1``), or its GPU's."""
+    """What a device must be called to run it: its kind (``cpu``, ``cuda``), its name (``cuda:1``), or its
+    GPU's."""
     priority: Mapped[int]
     turn_at: Mapped[datetime]
     """Whose is earliest is next: see `chunkplan.service.jobs.turn`."""
@@ -62,7 +63,8 @@ class JobRow(Owned, Base):
     num_failures: Mapped[int] = mapped_column(default=0)
     """Failed attempts in a row, none of which got past the checkpoint it started from."""
     last_event: Mapped[int] = mapped_column(default=0)
-    """Number of the newest event; taken under the row's lock, so a reader never sees a gap that fills later."""
+    """Number of the newest event; taken under the row's lock, so a reader never sees a gap that fills later.
+    """
     created_at: Mapped[datetime]
     not_before: Mapped[datetime]
     """A queued job is not started earlier than this."""
@@ -71,7 +73,9 @@ class JobRow(Owned, Base):
 
 
 class AttemptRow(OfJob, Base):
-    """One process that runs, or ran, a job. Its token fences its writes: see `chunkplan.service.execution.records.ingest`."""
+    """One process that runs, or ran, a job. Its token fences its writes: see
+    `chunkplan.service.execution.records.ingest`.
+    """
 
     __tablename__ = "attempts"
     __table_args__ = (UniqueConstraint("job_id", "number"), Index(None, "ended_at", "lease_expires_at"))

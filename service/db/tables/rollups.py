@@ -1,4 +1,6 @@
-"""What dashboards add up instead of raw rows: written in the same unit of work as what they sum, and kept for ever."""
+"""What dashboards add up instead of raw rows: written in the same unit of work as what they sum, and kept for
+ever.
+"""
 
 from __future__ import annotations
 

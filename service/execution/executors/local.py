@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from chunkplan import engine
+import chunkplan
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
 from chunkplan.service.execution.executors.protocol import Launch, Status
 
@@ -26,8 +26,8 @@ class _Running:
 class LocalExecution:
     """Runs ``python -m chunkplan.engine.worker``, each attempt in a process session of its own.
 
-    The kernel sends an attempt SIGHUP when the thread that started it ends (PDEATHSIG): start attempts from a thread
-    that lives as long as the server.
+    The kernel sends an attempt SIGHUP when the thread that started it ends (PDEATHSIG): start attempts from a
+    thread that lives as long as the server.
     """
 
     def __init__(self, locks_dir: Path) -> None:
@@ -89,12 +89,15 @@ class LocalExecution:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment without the service's settings, which hold secrets, and with our packages in it."""
+    """This process's environment without the service's settings, which hold secrets, and with our packages in
+    it.
+    """
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith("CHUNKPLAN_") or name in _KEPT_SETTINGS
     }
-    root = str(Path(engine.__file__).resolve().parents[1])
+    root = str(Path(chunkplan.__file__).resolve().parents[1])
     paths = [root, *filter(None, [kept.get("PYTHONPATH")])]
-    # CUDA numbers devices by speed unless told otherwise; the driver's tool, which names ours, by their place.
+    # CUDA numbers devices by speed unless told otherwise; the driver's tool, which names ours, by their
+    # place.
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return order | kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

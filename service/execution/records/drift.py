@@ -10,7 +10,8 @@ from chunkplan.service.execution.records.messages import Finished, Message, Step
 
 
 def bounds_of(peak: Peak, extra_bytes: int, device_kind: str) -> dict[str, int]:
-    """Bounds of what a trainer measures, by the sample's figure; each with the margin of the plan's upper bound.
+    """Bounds of what a trainer measures, by the sample's figure; each with the margin of the plan's upper
+    bound.
 
     Args:
         peak: the plan's.

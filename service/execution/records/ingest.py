@@ -23,17 +23,18 @@ from chunkplan.service.execution.records.messages import (
     Step,
 )
 from chunkplan.service.execution.repository import AttemptRepository
-from chunkplan.service.profiles.usage import UsageBook
-from chunkplan.service.kit.ids import new_id
 from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.transitions import add_event, transition
+from chunkplan.service.kit.ids import new_id
+from chunkplan.service.profiles.usage import UsageBook
 
 
 class Ingestion:
-    """Applies messages of one attempt to its job; both rows are locked by the caller, and the token was checked.
+    """Applies messages of one attempt to its job; both rows are locked by the caller, and the token was
+    checked.
 
-    The first message that reports more than a bound makes a second event. `attempt_values` collects what changes in the
-    attempt's own row; the caller writes it, once, with the new offset.
+    The first message that reports more than a bound makes a second event. `attempt_values` collects what
+    changes in the attempt's own row; the caller writes it, once, with the new offset.
     """
 
     def __init__(self, session: Session, job: JobRow, attempt_id: str, bounds: Mapping[str, int]) -> None:

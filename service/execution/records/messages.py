@@ -154,7 +154,9 @@ def _parse(line: bytes) -> Message | None:
 
 
 def _storable(value: Any) -> Any:
-    """What no JSON column can hold is made harmless: numbers that are not finite, NUL, halves of surrogate pairs."""
+    """What no JSON column can hold is made harmless: numbers that are not finite, NUL, halves of surrogate
+    pairs.
+    """
     if isinstance(value, dict):
         return {_storable(key): _storable(item) for key, item in value.items()}
     if isinstance(value, list):

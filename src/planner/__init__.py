@@ -1,0 +1,3 @@
+"""The short name of :mod:`chunkplan.planner`."""
+
+from chunkplan.planner import *  # noqa: F403
