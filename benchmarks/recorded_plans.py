@@ -1,8 +1,8 @@
 """Answers recorded requests again: ``python -m benchmarks.recorded_plans [--write] [FILE]``.
 
-The file holds requests over models, devices, methods and options, and what the planner answered. A change that
-should leave plans alone is proved by an empty list of differences; one that should not is followed by ``--write``.
-Figures belong to the versions of torch and transformers in constraints.txt.
+The file holds requests over models, devices, methods and options, and what the planner answered. A change
+that should leave plans alone is proved by an empty list of differences; one that should not is followed by
+``--write``. Figures belong to the versions of torch and transformers in constraints.txt.
 """
 
 from __future__ import annotations
