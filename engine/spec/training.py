@@ -276,3 +276,7 @@ class JobTraining(TrainingSpec):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give max_steps or epochs, not both")
         return self
+
+
+ResolvedSchedule = ScheduleSpec
+ResolvedTraining = TrainingSpec
