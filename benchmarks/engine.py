@@ -73,7 +73,8 @@ def serve(connection: Connection, method: Method) -> None:
 
     from benchmarks.methods import OPTIMIZERS, chunkft, usual_loop
     from chunkplan.engine.record.profiler import CpuProfiler
-    from chunkplan.engine.training.step import StepOptions, prepared
+    from chunkplan.engine.spec import StepSpec
+    from chunkplan.engine.training.step import prepared
 
     torch.manual_seed(0)
     profiler = CpuProfiler()
@@ -82,7 +83,7 @@ def serve(connection: Connection, method: Method) -> None:
         if method.optimizer == "chunkft":
             update = chunkft(model, lambda _: 1e-5, profiler, activation_checkpointing="full", **method.options)
         else:
-            options = StepOptions("fused", "full")
+            options = StepSpec()
             optimizer = OPTIMIZERS[method.optimizer](model)
             stack.enter_context(prepared(model, options))
             update = usual_loop(model, optimizer, lambda _: 1e-5, profiler, options)

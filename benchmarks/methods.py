@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from chunkplan.engine import ChunkFT
-from chunkplan.engine.training.step import Observer, StepOptions, forward_backward, num_counted_tokens
+from chunkplan.engine.spec import StepSpec
+from chunkplan.engine.training.step import Observer, forward_backward, num_counted_tokens
 
 Update = Callable[[int, dict[str, Tensor]], None]
 """``update(number, batch)``: the update's number decides the learning rate."""
@@ -37,7 +38,7 @@ def usual_loop(
     optimizer: Any,
     rate: Callable[[int], float],
     observer: Observer,
-    options: StepOptions,
+    options: StepSpec,
     max_grad_norm: float | None = 1.0,
 ) -> Update:
     """Backward, clip, step, with all gradients at once."""

@@ -191,7 +191,7 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
     from chunkplan.engine.model.loading import load_model, load_tokenizer
     from chunkplan.engine.record.profiler import CpuProfiler
     from chunkplan.engine.spec import Precision
-    from chunkplan.engine.training.step import StepOptions, evaluate
+    from chunkplan.engine.training.step import PLAIN_STEP, evaluate
 
     torch.manual_seed(setting.seed)
     tokenizer = load_tokenizer(MODEL)
@@ -205,7 +205,7 @@ def run(setting: Setting, text: Path) -> dict[str, Any]:
 
     def held_out_loss() -> float:
         parts = (collate(held_out[i : i + 8], 0, SEQ_LEN) for i in range(0, len(held_out), 8))
-        return evaluate(model, parts, StepOptions("fused"))[0]
+        return evaluate(model, parts, PLAIN_STEP)[0]
 
     with profiler.step():
         update = _method(model, setting, profiler)
@@ -234,12 +234,12 @@ def _method(model: Any, setting: Setting, observer: Any) -> Update:
     the others.
     """
     from benchmarks.methods import OPTIMIZERS, chunkft, linear_decay, usual_loop
-    from chunkplan.engine.training.step import StepOptions
+    from chunkplan.engine.training.step import PLAIN_STEP
 
     if setting.method != "chunkft":
         rate = linear_decay(setting.learning_rate, setting.num_updates)
         clip = setting.options.get("max_grad_norm", 1.0)
-        return usual_loop(model, OPTIMIZERS[setting.method](model), rate, observer, StepOptions("fused"), clip)
+        return usual_loop(model, OPTIMIZERS[setting.method](model), rate, observer, PLAIN_STEP, clip)
     options = {key: value for key, value in setting.options.items() if key != "precision"}
     by_update = options.pop("decay", "cycle") == "update"
     cycle_length = 1 if by_update else options["num_chunks"] * options.get("switch_every", 1)

@@ -7,96 +7,61 @@ signals.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Literal
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.process.device_lock import Share, lock_device
+from chunkplan.engine.process.parent import StopRequest, stop_with_parent
 from chunkplan.engine.process.steady_heap import run_with_steady_heap
+from chunkplan.engine.protocol import (
+    EXIT_COMPLETED,
+    EXIT_DEVICE_BUSY,
+    EXIT_STOPPED,
+    Event,
+    FailedEvent,
+    LoadingEvent,
+    Report,
+)
 from chunkplan.engine.spec import RunSpec, parse
-
-EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_DEVICE_BUSY = 0, 1, 75, 76
-_PR_SET_PDEATHSIG = 1
 
 
 class EventFile:
-    """Appends one JSON object per line, flushed per line."""
+    """Appends one event per line, flushed per line."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
 
-    def __call__(self, kind: str, **fields: Any) -> None:
-        """Write one event with the current time."""
-        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self._file.write(json.dumps({"type": kind, "time": time, **fields}) + "\n")
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        self._file.write(event.model_dump_json() + "\n")
         self._file.flush()
 
 
-class StopRequest:
-    """Asks the run to checkpoint and stop: the first SIGTERM, or the death of the parent. A second SIGTERM
-    stops now.
-
-    The parent's death is told by SIGHUP, as often as the kernel likes: it sends one for every thread of the
-    parent that dies before the last one, so it must never count as somebody's second wish.
-    """
-
-    def __init__(self) -> None:
-        self._num_terminations = 0
-        self._parent_died = False
-        signal.signal(signal.SIGTERM, self._on_termination)
-        signal.signal(signal.SIGHUP, self._on_death_of_parent)
-
-    def _on_termination(self, number: int, frame: FrameType | None) -> None:
-        self._num_terminations += 1
-        if self._num_terminations > 1:
-            os._exit(EXIT_FAILED)
-
-    def _on_death_of_parent(self, number: int, frame: FrameType | None) -> None:
-        self._parent_died = True
-
-    def __call__(self) -> bool:
-        """True once a stop was requested."""
-        return self._parent_died or self._num_terminations > 0
-
-
-def stop_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGHUP when process ``parent`` dies (Linux), and make sure that it had not died
-    before.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGHUP)
-
-
-def run_attempt(run_dir: Path, report: Callable[..., None], stop_requested: Callable[[], bool]) -> int:
+def run_attempt(run_dir: Path, report: Report, stop_requested: Callable[[], bool]) -> int:
     """Train; turn what can go wrong into one ``failed`` event. Returns the exit code."""
     try:
         run = parse(RunSpec, (run_dir / "job.json").read_text())
         from chunkplan.engine.record.tensorboard import TensorBoard
         from chunkplan.engine.training.trainer import Trainer
 
-        report("loading")
+        report(LoadingEvent())
         with closing(TensorBoard(run_dir / "tensorboard", report)) as board:
             outcome = Trainer(run, run_dir, board, stop_requested).train()
     except InputError as error:
-        report("failed", reason="input", field=error.field, detail=error.message)
+        report(FailedEvent(reason="input", field=error.field, detail=error.message))
         raise
     except Exception as error:
         reason = failure_reason(error)
-        measured = {"needed_bytes": needed_bytes(error)} if reason == "out_of_memory" else {}
-        report("failed", reason=reason, detail=str(error) if reason == "diverged" else one_line(error), **measured)
+        detail = str(error) if reason == "diverged" else one_line(error)
+        needed = needed_bytes(error) if reason == "out_of_memory" else None
+        report(FailedEvent(reason=reason, detail=detail, needed_bytes=needed))
         raise
     return EXIT_COMPLETED if outcome == "completed" else EXIT_STOPPED
 
@@ -107,7 +72,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def failure_reason(error: Exception) -> str:
+def failure_reason(error: Exception) -> Literal["diverged", "out_of_memory", "error"]:
     """The reason code of a failed event."""
     from torch import OutOfMemoryError
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from chunkplan.engine.spec import ModelRef, ScheduleSpec, SpecModel, TrainingSpec
+from chunkplan.engine.spec import AskedTraining, ModelRef, ResolvedSchedule, SpecModel, TrainingSpec
 
 Rate = Annotated[float, Field(ge=1e6, le=1e21)]
 """Per second: no device is slower, and times stay finite."""
@@ -86,7 +86,7 @@ class PlanRequest(SpecModel):
     gpu_count: Literal[1] = 1
     memory_limit_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
     """Use at most this much of the device; None uses all of it."""
-    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    training: AskedTraining = Field(default_factory=lambda: TrainingSpec().normalised())
     run: RunLength | None = None
     """Only for the plan's ``time``."""
 
@@ -167,7 +167,7 @@ class Alternative(Result):
     role: Literal["chosen", "pareto", "nearest", "smallest"] = "nearest"
     """``nearest`` that fits; ``smallest`` where none does; of a front: ``chosen``, and ``pareto`` for all
     others."""
-    schedule: ScheduleSpec
+    schedule: ResolvedSchedule
     training: TrainingSpec
     peak: Peak
     step_seconds: float
@@ -224,7 +224,7 @@ class Plan(Result):
     capacity_bytes: int
     model: ModelFacts
     peak: Peak
-    schedule: ScheduleSpec
+    schedule: ResolvedSchedule
     """The schedule that the figures are for: the request's, or the one that ``auto`` chose."""
     chunks: list[ChunkPlan]
     step_seconds: float

@@ -31,7 +31,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import validation_field
+from chunkplan.engine.spec import error_field
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -195,13 +195,11 @@ def field_errors(errors: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """
     found: dict[str, str] = {}
     for error in errors:
-        location = tuple(error["loc"])
-        if location[:1] in {("body",), ("query",), ("path",), ("header",)}:
-            location = location[1:]
-        message = str(error["msg"]).removeprefix("Value error, ")
+        is_of_request = tuple(error["loc"])[:1] in {("body",), ("query",), ("path",), ("header",)}
+        field, message = error_field(error, skip=int(is_of_request)), str(error["msg"]).removeprefix("Value error, ")
         if error["type"] == "json_invalid":
-            location, message = (), f"not valid JSON: {error.get('ctx', {}).get('error', message)}"
-        found.setdefault(validation_field(location) or "request", message)
+            field, message = "", f"not valid JSON: {error.get('ctx', {}).get('error', message)}"
+        found.setdefault(field or "request", message)
     return [item for item in found.items() if not any(other.startswith(f"{item[0]}.") for other in found)]
 
 

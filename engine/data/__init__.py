@@ -2,16 +2,12 @@
 torch.
 """
 
+from chunkplan.engine.data.batches import LENGTH_MULTIPLE, Batches, Example, Examples, collate, joined
 from chunkplan.engine.data.dataset import (
-    LENGTH_MULTIPLE,
-    Batches,
     DatasetInfo,
     DatasetSplits,
     DatasetStats,
-    Example,
-    Examples,
     check_dataset,
-    collate,
     load_dataset,
     with_validation,
 )
@@ -28,6 +24,7 @@ __all__ = [
     "Examples",
     "check_dataset",
     "collate",
+    "joined",
     "load_dataset",
     "with_validation",
 ]

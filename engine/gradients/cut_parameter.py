@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from chunkplan.engine.model.autocast import autocast_operands
+
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
@@ -115,20 +117,6 @@ def _alias(value: Any) -> Any:
     rows = value.rows
     alias: Tensor = _SliceOfDense.apply(rows.leaf, rows.weight, rows.start, rows.stop)
     return alias.transpose(1, 2) if isinstance(value, CutTranspose) else alias
-
-
-def autocast_kind(device: torch.device) -> str:
-    """The device type whose autocast decides; tensors without storage follow the CPU's."""
-    return "cpu" if device.type == "meta" else device.type
-
-
-def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the data type that autocast gives to matrix products, or unchanged outside autocast."""
-    kind = autocast_kind(next(t for t in tensors if t is not None).device)
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)
 
 
 class _SlicedLinear(torch.autograd.Function):

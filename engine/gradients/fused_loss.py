@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chunkplan.engine.gradients.cut_parameter import CutParameter, autocast_operands
+from chunkplan.engine.gradients.cut_parameter import CutParameter
+from chunkplan.engine.model.autocast import autocast_operands
 
 IGNORE_INDEX = -100
 _BLOCK_BYTES = 16 * 2**20

@@ -7,12 +7,10 @@ all that LoRA needs.
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -80,29 +78,6 @@ def _without_bitsandbytes() -> Iterator[None]:
 def adapter_rate_factor(spec: LoraSpec, name: str) -> float:
     """Learning rate of an adapter's parameter over that of A's."""
     return spec.lr_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
-
-
-def save_adapters(model: PreTrainedModel, folder: Path, base_model: str) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which ``peft.PeftModel`` loads with
-    the base.
-
-    Args:
-        model: with adapters.
-        folder: exists.
-        base_model: what the adapter names as its base: a Hugging Face name where there is one, never a path.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model).items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy.copy(model.peft_config["default"])
-    config.base_model_name_or_path, config.inference_mode = base_model, True
-    config.target_modules = sorted(config.target_modules)  # a set's order changes from run to run
-    config.save_pretrained(str(folder))
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

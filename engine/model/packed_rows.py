@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkplan.engine.data.tokens import IGNORE_INDEX
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.gradients.fused_loss import IGNORE_INDEX
 from chunkplan.engine.model.tasks import Task, task_of
 
 _FIRST, _SECOND = 5, 6

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Generator, Tensor
@@ -22,10 +22,10 @@ from chunkplan.engine.gradients.activation import ActiveSlice
 from chunkplan.engine.optimizer.eight_bit import dequantise, quantise
 from chunkplan.engine.optimizer.factored import FactoredUpdate
 from chunkplan.engine.optimizer.rounding import Noise, join, split, stochastic_round_
-from chunkplan.engine.optimizer.rules import RULES, HyperParameters, decay_
+from chunkplan.engine.optimizer.rules import DEFAULT_BETAS, RULES, HyperParameters, decay_
 from chunkplan.engine.optimizer.state_layout import MOMENT_SIGNS, StateLayout, StateTensor
 from chunkplan.engine.optimizer.state_transfer import WHOLE, BlockKey, ChunkStates, Lane, Passage, States, lane_for
-from chunkplan.engine.spec import Master, Optimizer, StateDtype
+from chunkplan.engine.spec import Master, Optimizer, ResolvedTraining, StateDtype
 from chunkplan.engine.stream.schedule import Visit
 
 
@@ -39,7 +39,33 @@ class OptimizerConfig(HyperParameters):
     state_dtype: StateDtype = StateDtype.FP32
     master: Master = Master.NONE
     seed: int = 0
-    """Of stochastic rounding."""
+    """Decides stochastic rounding."""
+
+    @classmethod
+    def of(
+        cls,
+        training: ResolvedTraining,
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        seed: int = 0,
+    ) -> Self:
+        """Return what a training spec asks of the optimizer; betas are the rule's usual ones unless given."""
+        schedule = training.schedule
+        beta1, beta2 = betas or DEFAULT_BETAS[training.optimizer]
+        return cls(
+            weight_decay=weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            rule=training.optimizer,
+            max_grad_norm=training.max_grad_norm,
+            states=schedule.states,
+            state_dtype=schedule.state_dtype,
+            master=schedule.master,
+            seed=seed,
+        )
 
     def layout(self, weight: Tensor) -> StateLayout:
         """The states of a weight."""

@@ -13,10 +13,9 @@ from chunkplan.engine.spec import (
     Master,
     Optimizer,
     Precision,
-    ScheduleSpec,
+    ResolvedSchedule,
     StateDtype,
     TrainingSpec,
-    resolved_state_dtype,
 )
 
 BLOCK_NUMEL = 4 * 2**20
@@ -64,11 +63,10 @@ class StateLayout:
     """``none`` where the weights are fp32."""
 
     @staticmethod
-    def of(training: TrainingSpec, schedule: ScheduleSpec) -> StateLayout:
+    def of(training: TrainingSpec, schedule: ResolvedSchedule) -> StateLayout:
         """What a spec asks for."""
-        dtype = resolved_state_dtype(training.optimizer, schedule.state_dtype)
         master = Master.NONE if training.precision is Precision.FP32 else schedule.master
-        return StateLayout(training.optimizer, dtype, schedule.states, master)
+        return StateLayout(training.optimizer, schedule.state_dtype, schedule.states, master)
 
     def blocks(self, numel: int, num_columns: int) -> list[tuple[int, int]]:
         """(first element, number of elements) of the parts in which a slice is updated; only the last is

@@ -28,6 +28,8 @@ from torch._C._profiler import (
 )
 from torch.profiler import record_function
 
+from chunkplan.engine.protocol import PhaseSample
+
 _PHASE_PREFIX = "chunkplan."
 # The profiler's library otherwise prints two lines to stderr for every window.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -45,9 +47,9 @@ class Sample:
     host_bytes: int
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON line."""
-        return asdict(self)
+    def reported(self) -> PhaseSample:
+        """Return the sample as an event carries it."""
+        return PhaseSample.model_validate(asdict(self))
 
     def merge(self, other: Sample) -> Sample:
         """The two samples of a phase as one."""

@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-Report = Callable[..., None]
+from chunkplan.engine.protocol import EvalEvent, Event, Report, StartedEvent, StepEvent, WarningEvent
 
 
 class TensorBoard:
@@ -29,17 +28,17 @@ class TensorBoard:
         self._file: IO[bytes] | None = None
         self._records: Any = None
 
-    def __call__(self, kind: str, **fields: Any) -> None:
+    def __call__(self, event: Event) -> None:
         """Pass one event on, and log what it says."""
-        self._report(kind, **fields)
+        self._report(event)
         try:
-            if kind == "started":
-                self._open(fields["resumed_step"])
-            elif self._file is not None and (scalars := _scalars(kind, fields)):
-                self._write(step=fields["step"], summary=scalars)
+            if isinstance(event, StartedEvent):
+                self._open(event.resumed_step)
+            elif self._file is not None and isinstance(event, StepEvent | EvalEvent):
+                self._write(step=event.step, summary=_scalars(event))
         except OSError as error:
             self.close()
-            self._report("warning", detail=f"no TensorBoard logs in {self._folder.name}/: {error.strerror}")
+            self._report(WarningEvent(detail=f"no TensorBoard logs in {self._folder.name}/: {error.strerror}"))
 
     def close(self) -> None:
         """Close the file; later events are only passed on."""
@@ -67,21 +66,19 @@ class TensorBoard:
         self._file.flush()
 
 
-def _scalars(kind: str, fields: dict[str, Any]) -> Any:
-    """The event's numbers as a TensorBoard summary; None where it has none."""
+def _scalars(event: StepEvent | EvalEvent) -> Any:
+    """The event's numbers as a TensorBoard summary."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if kind == "eval":
-        values = {"eval/loss": fields["loss"], "eval/perplexity": fields["perplexity"]}
-    elif kind == "step":
-        values = {
-            "train/loss": fields["loss"],
-            "train/learning_rate": fields["learning_rate"],
-            "train/grad_norm": fields["grad_norm"],
-            "train/allocated_bytes": max((sample["allocated_bytes"] for sample in fields["samples"]), default=None),
-            "train/tokens_per_second": fields["num_tokens"] / fields["seconds"],
-            "train/chunk_index": fields["chunk_index"],
-        }
+    if isinstance(event, EvalEvent):
+        values = {"eval/loss": event.loss, "eval/perplexity": event.perplexity}
     else:
-        return None
+        values = {
+            "train/loss": event.loss,
+            "train/learning_rate": event.learning_rate,
+            "train/grad_norm": event.grad_norm,
+            "train/allocated_bytes": max((sample.allocated_bytes for sample in event.samples), default=None),
+            "train/tokens_per_second": event.num_tokens / event.seconds,
+            "train/chunk_index": event.chunk_index,
+        }
     return Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items() if v is not None])

@@ -1,16 +1,28 @@
 """What can be asked of a training run, shared by engine, planner and service. Imports no torch.
 
-``base``: what specs are made of; ``training``: the step and the job's rates; ``request``: what a user
-submits; ``run``: what the worker gets.
+``base``: what specs are made of; ``choices``, ``schedule``, ``step``, ``training``: the training spec, and
+``refusals``: what does not go together in it; ``request``: what a user submits; ``run``: what the worker
+gets.
 """
 
 from chunkplan.engine.spec.base import (
     Choice,
-    Spec,
     SpecModel,
     deepest_error,
+    error_field,
     parse,
-    validation_field,
+)
+from chunkplan.engine.spec.choices import (
+    Master,
+    Optimizer,
+    Order,
+    Precision,
+    StateDtype,
+)
+from chunkplan.engine.spec.refusals import (
+    REFUSALS,
+    Refusal,
+    refusal_of,
 )
 from chunkplan.engine.spec.request import (
     DatasetSpec,
@@ -25,24 +37,31 @@ from chunkplan.engine.spec.request import (
 from chunkplan.engine.spec.run import (
     RunSpec,
 )
-from chunkplan.engine.spec.training import (
+from chunkplan.engine.spec.schedule import (
+    DEFAULT_NUM_CHUNKS,
+    ResolvedSchedule,
+    ScheduleSpec,
+    default_schedule,
+)
+from chunkplan.engine.spec.step import (
     CheckpointedLayers,
+    StepSpec,
+)
+from chunkplan.engine.spec.training import (
+    AskedJobTraining,
+    AskedTraining,
     JobTraining,
     LoraSpec,
-    Master,
-    Optimizer,
-    Order,
-    Precision,
-    ResolvedSchedule,
+    ResolvedJobTraining,
     ResolvedTraining,
-    ScheduleSpec,
-    StateDtype,
     TrainingSpec,
-    default_schedule,
-    resolved_state_dtype,
 )
 
 __all__ = [
+    "DEFAULT_NUM_CHUNKS",
+    "REFUSALS",
+    "AskedJobTraining",
+    "AskedTraining",
     "CheckpointedLayers",
     "Choice",
     "DatasetSpec",
@@ -59,17 +78,19 @@ __all__ = [
     "Order",
     "OutputSpec",
     "Precision",
+    "Refusal",
+    "ResolvedJobTraining",
     "ResolvedSchedule",
     "ResolvedTraining",
     "RunSpec",
     "ScheduleSpec",
-    "Spec",
     "SpecModel",
     "StateDtype",
+    "StepSpec",
     "TrainingSpec",
     "deepest_error",
     "default_schedule",
+    "error_field",
     "parse",
-    "resolved_state_dtype",
-    "validation_field",
+    "refusal_of",
 ]

@@ -1,11 +1,12 @@
-"""What every spec is made of, and how a value becomes one: models, choices by name, parsing, fields of
-errors.
+"""What every spec is made of, and how a value becomes one: models, choices by name, parsing,
+names of fields.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
@@ -16,9 +17,14 @@ from chunkplan.engine.errors import InputError
 class SpecModel(BaseModel):
     """Base of every request model: unknown fields and values of another type are errors, instances are
     immutable.
+
+    The line under a field is its description wherever the field is shown: in ``--help`` and in the API's
+    document.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
 
 
 class Choice(StrEnum):
@@ -28,15 +34,6 @@ class Choice(StrEnum):
     def __get_pydantic_core_schema__(cls, source: type[Choice], handler: GetCoreSchemaHandler) -> CoreSchema:
         names_come_as_plain_strings = {"strict": False}
         return cast(CoreSchema, {**handler(source), **names_come_as_plain_strings})
-
-
-def validation_field(location: tuple[int | str, ...]) -> str:
-    """Dotted field name of a pydantic error location, without the union-branch labels that
-    pydantic inserts.
-    """
-    labels = {"ScheduleSpec", "ModelPath", "ModelConfig", "CheckpointedLayers", "constrained-str", "body", "GpuSpec"}
-    parts = [str(part) for part in location]
-    return ".".join(p for p in parts if p not in labels and not p.startswith(("literal[", "function-", "dict[")))
 
 
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -58,12 +55,40 @@ def parse(spec: type[Spec], value: object) -> Spec:
 
 
 def deepest_error(error: ValidationError) -> tuple[str, str]:
-    """(field, message) of the error that says most: in a union, the branch that got furthest into
-    the value.
-    """
-    best = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
+    """Return (field, message) of the error that says most: in a union, of the branch that got furthest."""
+    best = max(error.errors(include_url=False), key=lambda item: len(_location(item)))
     message = best["msg"].removeprefix("Value error, ")
     given = best.get("input")
     if isinstance(given, str | int | float) and not isinstance(given, bool) and len(str(given)) <= 100:
         message = f"{message} (got {given!r})"
-    return validation_field(best["loc"]) or "request", message
+    return error_field(best) or "request", message
+
+
+def error_field(error: Mapping[str, Any], *, skip: int = 0) -> str:
+    """Return the dotted name of the field that a pydantic error is about, as the user wrote it.
+
+    A refusal names a field below the spec that it belongs to (its context says which); the labels of union
+    branches, which pydantic puts between the names, are left out.
+
+    Args:
+        error: one of ``ValidationError.errors()``.
+        skip: how many parts at the beginning do not belong to the request.
+    """
+    branches = {model.__name__ for model in _all_models(SpecModel)}
+    parts = [str(part) for part in _location(error)[skip:]]
+    return ".".join(
+        part
+        for part in parts
+        if part not in branches and not part.startswith(("literal[", "function-", "dict[", "constrained-"))
+    )
+
+
+def _location(error: Mapping[str, Any]) -> tuple[int | str, ...]:
+    refused = error.get("ctx", {}).get("field", "")
+    return (*error["loc"], *(refused.split(".") if refused else ()))
+
+
+def _all_models(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for model in base.__subclasses__():
+        yield model
+        yield from _all_models(model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from chunkplan.engine.spec.base import SpecModel
-from chunkplan.engine.spec.training import JobTraining
+from chunkplan.engine.spec.training import AskedJobTraining, JobTraining
 
 
 class ModelPath(SpecModel):
@@ -25,19 +25,23 @@ class ModelConfig(SpecModel):
 ModelRef = Annotated[str, Field(min_length=1, max_length=256)] | ModelPath | ModelConfig
 
 
+DEFAULT_EVAL_FRACTION = 0.05
+
+
 class DatasetSpec(SpecModel):
     """Training data: a local file (``path``) or an uploaded one (``file_id``)."""
 
     path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     file_id: str | None = None
     format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of rows held out for evaluation, from the end of a seeded shuffle; 0 where there is validation
-    data."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of rows held out for evaluation, from the end of a seeded shuffle; default 0.05, and 0 where
+    there is validation data.
+    """
     validation_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Rows of a file of their own to evaluate on, in the same format, instead of a share of the others."""
     validation_file_id: str | None = None
-    """The same, of an uploaded file."""
+    """An uploaded file's rows to evaluate on, instead of a share of the others."""
 
     @property
     def has_validation(self) -> bool:
@@ -50,11 +54,20 @@ class DatasetSpec(SpecModel):
             raise ValueError("give exactly one of path and file_id")
         if self.validation_path is not None and self.validation_file_id is not None:
             raise ValueError("give one of validation_path and validation_file_id, not both")
-        if self.has_validation and self.eval_fraction > 0:
-            if "eval_fraction" in self.model_fields_set:
-                raise ValueError("eval_fraction holds out rows where there is no validation file: leave it out")
-            object.__setattr__(self, "eval_fraction", 0.0)
+        if self.has_validation and self.eval_fraction:
+            raise ValueError("eval_fraction holds out rows where there is no validation file: leave it out")
         return self
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of rows that are held out, decided."""
+        if self.eval_fraction is not None:
+            return self.eval_fraction
+        return 0.0 if self.has_validation else DEFAULT_EVAL_FRACTION
+
+    def normalised(self) -> DatasetSpec:
+        """Return the same request with every default written out."""
+        return self.model_copy(update={"eval_fraction": self.held_out_fraction})
 
 
 class OutputSpec(SpecModel):
@@ -88,8 +101,8 @@ class JobRequest(SpecModel):
     gpu: str | dict[str, Any] | None = None
     """A catalog id, an inline GPU, a kind of device (``cpu``, ``cuda``), or a device of the server
     (``cuda:1``); default: what the machine has."""
-    training: JobTraining = Field(default_factory=JobTraining)
-    dataset: DatasetSpec
+    training: AskedJobTraining = Field(default_factory=lambda: JobTraining().normalised())
+    dataset: Annotated[DatasetSpec, AfterValidator(DatasetSpec.normalised)]
     output: OutputSpec = Field(default_factory=OutputSpec)
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from chunkplan.engine.spec import JobTraining, Order, ScheduleSpec
+from chunkplan.engine.spec import JobTraining, Order, ResolvedJobTraining, ResolvedSchedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,13 @@ def rate_factor(
     return 1.0
 
 
-def learning_rate(training: JobTraining, update: int, num_updates: int) -> float:
+def learning_rate(training: ResolvedJobTraining, update: int, num_updates: int) -> float:
     """Learning rate of an update, from 0, of a run of ``num_updates``.
 
     By cycle, every chunk sees the same rates, and a last cycle that is cut short counts as one.
     """
     schedule = training.schedule
-    by_cycle = training.lr_schedule_by == "cycle" and schedule != "auto"
-    length = schedule.num_chunks * schedule.switch_every if by_cycle and schedule != "auto" else 1
+    length = schedule.num_chunks * schedule.switch_every if training.lr_schedule_by == "cycle" else 1
     factor = rate_factor(training.lr_schedule, update // length, math.ceil(num_updates / length), training.warmup_ratio)
     return training.learning_rate * factor
 
@@ -105,7 +104,7 @@ HANDFUL = 5
 """Updates of a parameter that a run should make at least."""
 
 
-def few_updates_warning(schedule: ScheduleSpec, num_updates: int) -> str | None:
+def few_updates_warning(schedule: ResolvedSchedule, num_updates: int) -> str | None:
     """One sentence when a run updates each parameter fewer than :data:`HANDFUL` times; None when it does not.
 
     Without expansion a parameter takes a step once in ``num_chunks`` updates. With it, a parameter also takes

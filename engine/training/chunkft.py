@@ -9,36 +9,31 @@ Example:
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from difflib import get_close_matches
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
+from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.gradients.activation import Activation, ActiveSlice
 from chunkplan.engine.model.adapters import adapter_rate_factor
+from chunkplan.engine.model.loading import DTYPES
 from chunkplan.engine.model.tasks import Task, task_of
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
 from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.optimizer.loss_scale import LossScale
-from chunkplan.engine.optimizer.rules import DEFAULT_BETAS
-from chunkplan.engine.spec import (
-    CheckpointedLayers,
-    Master,
-    Optimizer,
-    Order,
-    StateDtype,
-    TrainingSpec,
-    resolved_state_dtype,
-)
+from chunkplan.engine.spec import Precision, ResolvedTraining, ScheduleSpec, StepSpec, TrainingSpec, parse
 from chunkplan.engine.stream.parameters import ParameterStream
 from chunkplan.engine.stream.schedule import Schedule, Visit
 from chunkplan.engine.training.step import (
     Observer,
-    StepOptions,
     Unobserved,
     check_fused_loss,
     check_packing,
@@ -46,6 +41,23 @@ from chunkplan.engine.training.step import (
     num_counted_tokens,
     prepared,
 )
+
+_OF_A_JOB = {"method", "seq_len", "micro_batch_size", "gradient_accumulation_steps"}
+_OF_THE_MODEL = {"precision", "attention", "lora"}
+_NO_OPTIONS = _OF_A_JOB | _OF_THE_MODEL | {"schedule"}
+"""Fields of a training spec that a loop of one's own decides by its batches and its model: all others are
+options."""
+_DEFAULTS: dict[str, Any] = {"activation_checkpointing": "none"}
+"""Where the default of an option is another one than a job's: a model is left as it is unless asked
+otherwise.
+"""
+
+
+def options() -> dict[str, FieldInfo]:
+    """Return the keyword options of :class:`ChunkFT` that training specs have too, by name."""
+    of_step = {name: field for name, field in TrainingSpec.model_fields.items() if name not in _NO_OPTIONS}
+    of_schedule = {name: field for name, field in ScheduleSpec.model_fields.items() if name != "num_chunks"}
+    return of_schedule | of_step
 
 
 class ChunkFT:
@@ -55,32 +67,21 @@ class ChunkFT:
         model: a language model of transformers, unmodified: causal, masked or encoder-decoder.
         num_chunks: 1 is dense full fine-tuning.
         lr: learning rate, or a function of the number of the update (from 0).
-        order: in which order a cycle visits the chunks.
-        switch_every: optimizer updates per visit.
-        states: ``keep`` optimizer states in host memory between visits, or ``reset`` them.
-        state_dtype: how states are stored; they are computed in fp32. Default: fp32, int8 for ``adamw8bit``.
-        master: what keeps the precision that bf16 weights lack, see
-            :class:`chunkplan.engine.spec.ScheduleSpec`.
-        optimizer: the update rule.
-        betas: of the rule; default: what is usual for it.
-        max_grad_norm: clip the active chunk's gradient norm; None turns it off.
-        update_in_backward: update each slice as soon as its gradient is complete, and free it; takes
-            ``max_grad_norm`` None and one backward pass per update.
-        loss: ``fused`` never materialises the logits; ``standard`` is the model's own.
-        activation_checkpointing: ``full``, ``none``, or chosen layers.
-        autocast: data type of matrix products and the like; the weights are fp32.
-        packing: rows share sequences, told apart by a batch's ``position_ids``, which start from 0 at every
-            row.
-        expansion: ``factored``: parameters above the active chunk take a step too, see
-            :mod:`chunkplan.engine.optimizer.expansion`.
-        expansion_lr: their learning rate, like ``lr``; default a third of it.
+        weight_decay: decoupled: weights shrink by ``lr * weight_decay`` at every update.
+        betas: decay of the rule's moments; default: what is usual for it.
+        eps: keeps the rule from dividing by zero.
+        expansion_lr: learning rate, like ``lr``, of what ``expansion`` updates; default a third of it.
         parameters: ``all``, or only those that are ``trainable`` when the tuner is made; the others stay
             frozen.
         rate_factor: a parameter's learning rate over ``lr``, by its name.
+        seed: decides random orders and stochastic rounding.
         observer: is told the phases of each step.
+        options: the fields of :class:`chunkplan.engine.spec.ScheduleSpec` and of
+            :class:`chunkplan.engine.spec.StepSpec`, with the same values and the same refusals; only
+            ``activation_checkpointing`` has another default, ``none``. :func:`options` lists them.
 
     Raises:
-        InputError: an option that this model cannot be trained with.
+        InputError: an option that this model cannot be trained with, or two that do not go together.
     """
 
     def __init__(
@@ -89,75 +90,19 @@ class ChunkFT:
         num_chunks: int = 16,
         lr: float | Callable[[int], float] = 2e-5,
         *,
-        order: Order | Literal["descending", "ascending", "random"] = Order.DESCENDING,
-        switch_every: int = 1,
-        states: Literal["keep", "reset"] = "keep",
-        state_dtype: StateDtype | Literal["fp32", "bf16", "int8"] | None = None,
-        master: Master | Literal["none", "fp32", "residual"] = Master.NONE,
-        optimizer: Optimizer
-        | Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd", "adagrad", "rmsprop"] = Optimizer.ADAMW,
         weight_decay: float = 0.0,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
-        max_grad_norm: float | None = 1.0,
-        update_in_backward: bool = False,
-        loss: Literal["fused", "standard"] = "fused",
-        activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none",
-        packing: bool = False,
-        autocast: Literal["none", "bf16", "fp16"] = "none",
-        expansion: Literal["none", "factored"] = "none",
         expansion_lr: float | Callable[[int], float] | None = None,
         parameters: Literal["all", "trainable"] = "all",
         rate_factor: Callable[[str], float] | None = None,
         seed: int = 0,
         observer: Observer | None = None,
+        **options: Any,
     ) -> None:
-        _check_replicas(model)
-        if update_in_backward and max_grad_norm is not None:
-            raise InputError("max_grad_norm", "must be None: update_in_backward never sees the whole chunk's norm")
-        if loss == "fused":
-            check_fused_loss(model)
-        self.options = StepOptions(loss, activation_checkpointing, autocast)
-        self.packing = packing
-        if packing:
-            check_packing(model, self.options)
-        _check_precision(model, autocast, Master(master), expansion, update_in_backward)
-        self.model = model
-        self.task = task_of(model)
-        self.stream = ParameterStream(model, only_trainable=parameters == "trainable")
-        self.chunks = self.stream.partition(num_chunks)
-        self.schedule = Schedule(num_chunks, Order(order), switch_every, seed)
-        rule = Optimizer(optimizer)
-        beta1, beta2 = betas or DEFAULT_BETAS[rule]
-        self.optimizer = ChunkOptimizer(
-            OptimizerConfig(
-                weight_decay=weight_decay,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                rule=rule,
-                max_grad_norm=max_grad_norm,
-                states=states,
-                state_dtype=resolved_state_dtype(rule, StateDtype(state_dtype) if state_dtype else None),
-                master=Master(master),
-                seed=seed,
-            ),
-            rate_factor=rate_factor,
-        )
-        self.num_updates = 0
-        self.loss_scale = LossScale() if _computes_in_fp16(model, autocast) else None
-        self.was_skipped = False
-        # Rates must not refer to the tuner: a cycle would keep its states alive until the collector comes by.
-        self.lr = rate = _rate(lr)
-        self.expansion = Expansion(model.named_parameters(), seed=seed) if expansion == "factored" else None
-        self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: rate(update) / 3
-        self._updates_in_backward = update_in_backward
-        self._has_expanded = False
-        self._observer = observer or Unobserved()
-        self._activation: Activation | None = None
-        self._active: list[ActiveSlice] = []
-        self._prepared = ExitStack()
-        self._prepared.enter_context(prepared(model, self.options))
+        training = _training_of(model, num_chunks, options)
+        config = OptimizerConfig.of(training, weight_decay=weight_decay, betas=betas, eps=eps, seed=seed)
+        self._begin(model, training, config, lr, expansion_lr, parameters, rate_factor, observer)
 
     @classmethod
     def of(
@@ -171,35 +116,55 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> Self:
-        """What a training spec with a fixed schedule asks for; for method ``lora``, of a model
-        with adapters.
+        """Return the tuner that a training spec asks for; with method ``lora``, of a model that has its
+        adapters.
         """
+        tuner, training = cls.__new__(cls), training.resolved()
+        config = OptimizerConfig.of(training, weight_decay=weight_decay, seed=seed)
+        parameters: Literal["all", "trainable"] = "all" if training.lora is None else "trainable"
+        rate_factor = None if training.lora is None else partial(adapter_rate_factor, training.lora)
+        tuner._begin(model, training, config, lr, expansion_lr, parameters, rate_factor, observer)
+        return tuner
+
+    def _begin(
+        self,
+        model: nn.Module,
+        training: ResolvedTraining,
+        config: OptimizerConfig,
+        lr: float | Callable[[int], float],
+        expansion_lr: float | Callable[[int], float] | None,
+        parameters: Literal["all", "trainable"],
+        rate_factor: Callable[[str], float] | None,
+        observer: Observer | None,
+    ) -> None:
+        _check_replicas(model)
+        if training.loss == "fused":
+            check_fused_loss(model)
+        if training.packing:
+            check_packing(model, training)
         schedule = training.schedule
-        assert schedule != "auto", "the planner resolves 'auto' before anything runs"
-        return cls(
-            model,
-            schedule.num_chunks,
-            lr,
-            order=schedule.order,
-            switch_every=schedule.switch_every,
-            states=schedule.states,
-            state_dtype=schedule.state_dtype,
-            master=schedule.master,
-            optimizer=training.optimizer,
-            weight_decay=weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            update_in_backward=training.update_in_backward,
-            loss=training.loss,
-            activation_checkpointing=training.activation_checkpointing,
-            autocast=training.autocast,
-            packing=training.packing,
-            expansion=schedule.expansion,
-            expansion_lr=expansion_lr,
-            parameters="all" if training.lora is None else "trainable",
-            rate_factor=None if training.lora is None else partial(adapter_rate_factor, training.lora),
-            seed=seed,
-            observer=observer,
-        )
+        self.options: StepSpec = training
+        self.model = model
+        self.task = task_of(model)
+        self.stream = ParameterStream(model, only_trainable=parameters == "trainable")
+        self.chunks = self.stream.partition(schedule.num_chunks)
+        self.schedule = Schedule(schedule.num_chunks, schedule.order, schedule.switch_every, config.seed)
+        self.optimizer = ChunkOptimizer(config, rate_factor=rate_factor)
+        self.num_updates = 0
+        self.loss_scale = LossScale() if training.scales_loss else None
+        self.was_skipped = False
+        # Rates must not refer to the tuner: a cycle would keep its states alive until the collector comes by.
+        self.lr = rate = _rate(lr)
+        self.expansion: Expansion | None = None
+        if schedule.expansion == "factored":
+            self.expansion = Expansion(model.named_parameters(), seed=config.seed)
+        self.expansion_lr = _rate(expansion_lr) if expansion_lr is not None else lambda update: rate(update) / 3
+        self._has_expanded = False
+        self._observer = observer or Unobserved()
+        self._activation: Activation | None = None
+        self._active: list[ActiveSlice] = []
+        self._prepared = ExitStack()
+        self._prepared.enter_context(prepared(model, self.options))
 
     @property
     def visit(self) -> Visit:
@@ -210,7 +175,7 @@ class ChunkFT:
     def active(self) -> list[ActiveSlice]:
         """The active chunk's slices; activates the chunk that is due."""
         if self._activation is None:
-            on_gradient = self.optimizer.update_slice if self._updates_in_backward else None
+            on_gradient = self.optimizer.update_slice if self.options.update_in_backward else None
             chunk = self.chunks[self.visit.chunk_index]
             self._activation = Activation(self.stream, chunk, self.expansion, on_gradient)
             self._active = self._activation.__enter__()
@@ -239,7 +204,7 @@ class ChunkFT:
             InputError: the batch holds something else that would change the result, or it comes after weights
                 were already updated in the backward pass of a batch before it.
         """
-        _check_batch(batch, self.task, packing=self.packing)
+        _check_batch(batch, self.task, packing=self.options.packing)
         if denominator is None:
             denominator = max(num_counted_tokens(batch["labels"], self.task), 1)
         assert self.active
@@ -255,9 +220,10 @@ class ChunkFT:
     def _prepare_updates(self, is_last: bool) -> None:
         """Updates that will happen within the backward pass that comes now."""
         if self._has_expanded or self.optimizer.is_updating:
-            fix = "use update_in_backward=False" if self._updates_in_backward else "pass is_last=False for those before"
+            in_backward = self.options.update_in_backward
+            fix = "use update_in_backward=False" if in_backward else "pass is_last=False for those before"
             raise InputError("batch", f"weights were updated in the backward pass of a micro-batch before it: {fix}")
-        if self._updates_in_backward:
+        if self.options.update_in_backward:
             self.optimizer.begin(self.visit, self.lr(self.num_updates))
         if self.expansion is not None and self._activation is not None:
             self.expansion.learning_rate = self.expansion_lr(self.num_updates)
@@ -304,22 +270,53 @@ class ChunkFT:
         self.close()
 
 
-def _computes_in_fp16(model: nn.Module, autocast: str) -> bool:
-    return autocast == "fp16" or any(parameter.dtype == torch.float16 for parameter in model.parameters())
+def _training_of(model: nn.Module, num_chunks: int, given: Mapping[str, Any]) -> ResolvedTraining:
+    """The training spec that options of a loop of one's own stand for.
+
+    Raises:
+        TypeError: there is no such option.
+        InputError: an option has a wrong value, or does not go with another, or with the model's data type.
+    """
+    known = options()
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"ChunkFT has no option {name!r}{hint}")
+    values = _DEFAULTS | dict(given)
+    schedule = {name: values.pop(name) for name in ScheduleSpec.model_fields if name in values}
+    asked = {
+        **values,
+        "precision": _precision(model),
+        "schedule": {**schedule, "num_chunks": operator.index(num_chunks)},
+    }
+    try:
+        return parse(TrainingSpec, asked).resolved()
+    except InputError as error:
+        raise InputError(f"training.{error.field}", error.message) from error
 
 
-def _check_precision(model: nn.Module, autocast: str, master: Master, expansion: str, in_backward: bool) -> None:
+def _precision(model: nn.Module) -> Precision:
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if autocast != "none" and dtypes != {torch.float32}:
-        raise InputError("autocast", f"is for fp32 weights; this model's are {', '.join(sorted(map(str, dtypes)))}")
-    if torch.float16 in dtypes and master is Master.RESIDUAL:
-        raise InputError("master", "'residual' is exact for bf16 weights only; use 'fp32' or 'none' for fp16")
-    if not _computes_in_fp16(model, autocast):
-        return
-    if expansion != "none":
-        raise InputError("expansion", "updates in backward, before fp16 can tell whether a gradient overflowed")
-    if in_backward:
-        raise InputError("update_in_backward", "updates before fp16 can tell whether a gradient overflowed")
+    return next((precision for precision, dtype in DTYPES.items() if dtype in dtypes), Precision.FP32)
+
+
+def _signature() -> inspect.Signature:
+    """What ``help(ChunkFT)`` shows: its own parameters, and every option with its type and default."""
+    own = list(inspect.signature(ChunkFT.__init__).parameters.values())[1:-1]
+    shared = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_DEFAULTS.get(name, field.get_default(call_default_factory=True)),
+            annotation=field.annotation,
+        )
+        for name, field in options().items()
+    ]
+    return inspect.Signature([*own, *shared])
+
+
+ChunkFT.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _check_replicas(model: nn.Module) -> None:

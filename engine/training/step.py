@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from chunkplan.engine.data.tokens import IGNORE_INDEX
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.gradients.cut_parameter import autocast_kind
-from chunkplan.engine.gradients.fused_loss import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy
-from chunkplan.engine.model.loading import DTYPES, decoder_layers, head, head_input
+from chunkplan.engine.gradients.fused_loss import LogitTransform, fused_linear_cross_entropy
+from chunkplan.engine.model.autocast import autocasting
 from chunkplan.engine.model.packed_rows import check_isolation
+from chunkplan.engine.model.parts import decoder_layers, head, head_input
 from chunkplan.engine.model.recomputation import checkpointed
 from chunkplan.engine.model.tasks import model_inputs, num_counted_tokens, task_of
-from chunkplan.engine.spec import CheckpointedLayers, Precision
+from chunkplan.engine.spec import CheckpointedLayers, StepSpec
 
 __all__ = [
-    "Observer", "StepOptions", "Unobserved", "check_fused_loss", "check_packing", "compute_loss", "evaluate",
+    "PLAIN_STEP", "Observer", "Unobserved", "check_fused_loss", "check_packing", "compute_loss", "evaluate",
     "forward_backward", "num_counted_tokens", "prepared",
 ]  # fmt: skip
 
@@ -43,24 +43,12 @@ class Unobserved:
         return nullcontext()
 
 
-@dataclass(frozen=True, slots=True)
-class StepOptions:
-    """What decides the operations of a forward and backward pass besides model, chunk and batch."""
-
-    loss: Literal["fused", "standard"] = "fused"
-    activation_checkpointing: Literal["full", "none"] | CheckpointedLayers = "none"
-    autocast: Literal["none", "bf16", "fp16"] = "none"
-    """Data type of matrix products and the like, for fp32 weights."""
-
-    def autocasting(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Context of a forward pass on the device."""
-        if self.autocast == "none":
-            return nullcontext()
-        return torch.autocast(autocast_kind(device), DTYPES[Precision(self.autocast)])
+PLAIN_STEP = StepSpec(activation_checkpointing="none")
+"""What a check computes by: nothing is recomputed."""
 
 
 @contextmanager
-def prepared(model: nn.Module, options: StepOptions) -> Iterator[None]:
+def prepared(model: nn.Module, options: StepSpec) -> Iterator[None]:
     """Install activation checkpointing on the model for as long as the context lasts.
 
     Raises:
@@ -80,15 +68,15 @@ def prepared(model: nn.Module, options: StepOptions) -> Iterator[None]:
         yield
 
 
-def compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepOptions) -> Tensor:
+def compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepSpec) -> Tensor:
     """The task's loss of a batch (see :mod:`chunkplan.engine.model.tasks`): sum over counted tokens /
     ``denominator``, a scalar.
     """
-    with options.autocasting(batch["labels"].device):
+    with autocasting(options.autocast, batch["labels"].device):
         return _compute_loss(model, batch, denominator, options)
 
 
-def _compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepOptions) -> Tensor:
+def _compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepSpec) -> Tensor:
     task, labels = task_of(model), batch["labels"]
     inputs = model_inputs(model, batch, task)
     # A causal model's last position predicts nothing. Labels move instead of the states, which need no copy
@@ -109,7 +97,7 @@ def forward_backward(
     model: nn.Module,
     batch: Mapping[str, Tensor],
     denominator: float,
-    options: StepOptions,
+    options: StepSpec,
     observer: Observer,
 ) -> Tensor:
     """One micro-batch: forward, then backward into the active chunk's leaves. Returns the detached loss, a
@@ -124,7 +112,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options: StepOptions) -> tuple[float, int]:
+def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options: StepSpec) -> tuple[float, int]:
     """Mean loss per counted token over the batches, and the number of those tokens."""
     was_training, task = model.training, task_of(model)
     model.eval()
@@ -152,8 +140,8 @@ def check_fused_loss(model: nn.Module) -> None:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        fused = compute_loss(model, batch, counted, StepOptions("fused"))
-        own = compute_loss(model, batch, counted, StepOptions("standard"))
+        fused = compute_loss(model, batch, counted, PLAIN_STEP)
+        own = compute_loss(model, batch, counted, PLAIN_STEP.model_copy(update={"loss": "standard"}))
     model.train(was_training)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not torch.isclose(fused, own.to(fused.dtype), rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -163,7 +151,7 @@ def check_fused_loss(model: nn.Module) -> None:
         )
 
 
-def check_packing(model: nn.Module, options: StepOptions) -> None:
+def check_packing(model: nn.Module, options: StepSpec) -> None:
     """Make sure that rows which share a sequence do not see each other.
 
     Raises:

@@ -1,7 +1,7 @@
 """One training attempt from its spec to its exported model, told top-down.
 
-The trainer reports what happens through a function that takes an event's type and fields
-(docs/architecture.md lists them); it neither prints nor knows who listens.
+The trainer reports what happens as events (:mod:`chunkplan.engine.protocol`); it neither prints nor knows who
+listens.
 """
 
 from __future__ import annotations
@@ -12,30 +12,40 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from chunkplan.engine.data import Batches, DatasetSplits, Example, collate, load_dataset, with_validation
 from chunkplan.engine.data.token_store import remove_store
-from chunkplan.engine.export.model_folder import ModelCard, base_license, export_model
-from chunkplan.engine.files import sha256_text
+from chunkplan.engine.export.model_card import ModelCard, base_license
+from chunkplan.engine.export.model_folder import export_model
 from chunkplan.engine.model.adapters import add_adapters, merge_adapters
 from chunkplan.engine.model.loading import check_model_folder, load_model, load_tokenizer, pad_token_id
 from chunkplan.engine.model.tasks import BatchPreparation, Task
 from chunkplan.engine.optimizer.loss_scale import MAX_SKIPPED_IN_ROW
 from chunkplan.engine.process.steady_heap import trim_heap
+from chunkplan.engine.protocol import (
+    ArtifactEvent,
+    CheckpointEvent,
+    CoverageEvent,
+    EvalEvent,
+    FinishedEvent,
+    Report,
+    StartedEvent,
+    StepEvent,
+    WarningEvent,
+)
 from chunkplan.engine.record.profiler import Sample, process_peak_bytes, profiler_for
-from chunkplan.engine.spec import RunSpec, ScheduleSpec
+from chunkplan.engine.spec import RunSpec
 from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning, learning_rate
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.training.chunkft import ChunkFT
 from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.training.divergence import MARGIN, PATIENCE, LossWatch
+from chunkplan.engine.training.fingerprint import fingerprint
 from chunkplan.engine.training.step import evaluate, num_counted_tokens
-
-Report = Callable[..., None]
-
 
 _PIPELINE_TAGS = {
     Task.CAUSAL: "text-generation",
@@ -64,15 +74,14 @@ class Trainer:
     Args:
         run: the resolved job.
         run_dir: holds ``checkpoints/`` and ``artifacts/``.
-        report: called as ``report(type, **fields)``.
+        report: takes the run's events.
         stop_requested: asked after every update; true means checkpoint and stop.
     """
 
     def __init__(self, run: RunSpec, run_dir: Path, report: Report, stop_requested: Callable[[], bool]) -> None:
-        assert isinstance(run.training.schedule, ScheduleSpec)
         self.run = run
-        self.training = run.training
-        self.schedule = run.training.schedule
+        self.training = run.training.resolved()
+        self.schedule = self.training.schedule
         self.run_dir = run_dir
         self.report = report
         self.stop_requested = stop_requested
@@ -102,14 +111,14 @@ class Trainer:
             if stopping or (step % self._checkpoint_every == 0 and step < self.total_steps):
                 self._save()
             if stopping:
-                self.report("finished", step=step, reason="stopped", process_peak_bytes=process_peak_bytes())
+                self._report_finished(step, "stopped")
                 return "stopped"
         self.tuner.close()
         self._evaluate(self.total_steps)
         self._report_coverage()
         self._export()
         remove_store(self._tokens_dir)
-        self.report("finished", step=self.total_steps, reason="completed", process_peak_bytes=process_peak_bytes())
+        self._report_finished(self.total_steps, "completed")
         return "completed"
 
     @property
@@ -175,14 +184,12 @@ class Trainer:
         return learning_rate(self.training, update, self.total_steps)
 
     def _fingerprint(self) -> str:
-        spec = self.training.model_dump_json(exclude={"checkpoint_every", "checkpoints_to_keep", "eval_every"})
-        shapes = repr([(info.name, info.shape) for info in self.tuner.stream.infos])
-        return sha256_text("\n".join([spec, shapes, self.splits.stats.sha256]))
+        return fingerprint(self.training, self.tuner.stream.infos, self.splits.stats.sha256)
 
     def _resume(self) -> int:
         resumed = resume(self.tuner, self.run_dir / "checkpoints", self._fingerprint())
         for sentence in resumed.passed_over:
-            self.report("warning", detail=f"checkpoint passed over: {sentence}")
+            self.report(WarningEvent(detail=f"checkpoint passed over: {sentence}"))
         if resumed.step:
             notes = resumed.notes
             self.evaluations = [Evaluation(*pair) for pair in notes["evaluations"]]
@@ -275,12 +282,13 @@ class Trainer:
         self.evaluations.append(Evaluation(step, loss))
         perplexity = math.exp(min(loss, 700.0))
         self.report(
-            "eval",
-            step=step,
-            loss=loss,
-            perplexity=perplexity,
-            num_tokens=num_tokens,
-            samples=[sample.as_dict() for sample in samples],
+            EvalEvent(
+                step=step,
+                loss=loss,
+                perplexity=perplexity,
+                num_tokens=num_tokens,
+                samples=[sample.reported() for sample in samples],
+            )
         )
 
     def _held_out_batches(self, held_out: Sequence[Example], samples: list[Sample]) -> Iterator[dict[str, Tensor]]:
@@ -305,29 +313,31 @@ class Trainer:
         with self.profiler.step(), self.profiler.phase("checkpoint"):
             saved = save_checkpoint(self.tuner, self.run_dir / "checkpoints", self._fingerprint(), notes, keep)
         self.report(
-            "checkpoint",
-            step=saved.step,
-            path=str(saved.path.relative_to(self.run_dir)),
-            size_bytes=saved.size_bytes,
-            sha256=saved.sha256,
-            samples=[sample.as_dict() for sample in self.profiler.samples],
+            CheckpointEvent(
+                step=saved.step,
+                path=str(saved.path.relative_to(self.run_dir)),
+                size_bytes=saved.size_bytes,
+                sha256=saved.sha256,
+                samples=[sample.reported() for sample in self.profiler.samples],
+            )
         )
 
     def _report_started(self, resumed_step: int) -> None:
         self.report(
-            "started",
-            pid=os.getpid(),
-            device=self.run.device,
-            num_parameters=self._num_parameters(),
-            num_trainable_parameters=self.tuner.stream.num_parameters,
-            num_chunks=self.schedule.num_chunks,
-            total_steps=self.total_steps,
-            resumed_step=resumed_step,
-            dataset=asdict(self.splits.stats),
+            StartedEvent(
+                pid=os.getpid(),
+                device=self.run.device,
+                num_parameters=self._num_parameters(),
+                num_trainable_parameters=self.tuner.stream.num_parameters,
+                num_chunks=self.schedule.num_chunks,
+                total_steps=self.total_steps,
+                resumed_step=resumed_step,
+                dataset=asdict(self.splits.stats),
+            )
         )
         warning = few_updates_warning(self.schedule, self.total_steps)
         if warning is not None and resumed_step == 0:
-            self.report("warning", detail=warning)
+            self.report(WarningEvent(detail=warning))
 
     def _num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -339,26 +349,29 @@ class Trainer:
         step = self.tuner.num_updates
         self.peak_allocated_bytes = max([self.peak_allocated_bytes, *(s.allocated_bytes for s in samples)])
         self.report(
-            "step",
-            step=step,
-            total_steps=self.total_steps,
-            chunk_index=chunk_index,
-            visit=visit,
-            loss=loss,
-            learning_rate=rate,
-            grad_norm=norm,
-            skipped=self.tuner.was_skipped,
-            num_tokens=num_tokens,
-            seconds=seconds,
-            eta_seconds=(self.total_steps - step) * self.training_seconds / (step - self.first_step),
-            samples=[sample.as_dict() for sample in samples],
+            StepEvent(
+                step=step,
+                total_steps=self.total_steps,
+                chunk_index=chunk_index,
+                visit=visit,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                skipped=self.tuner.was_skipped,
+                num_tokens=num_tokens,
+                seconds=seconds,
+                eta_seconds=(self.total_steps - step) * self.training_seconds / (step - self.first_step),
+                samples=[sample.reported() for sample in samples],
+            )
         )
 
     def _report_coverage(self) -> None:
         num_updated, not_updated = updated_share(self.model, self.base_digests)
-        self.report(
-            "coverage", num_tensors=len(self.base_digests), num_tensors_updated=num_updated, not_updated=not_updated
-        )
+        num_tensors = len(self.base_digests)
+        self.report(CoverageEvent(num_tensors=num_tensors, num_tensors_updated=num_updated, not_updated=not_updated))
+
+    def _report_finished(self, step: int, reason: Literal["completed", "stopped"]) -> None:
+        self.report(FinishedEvent(step=step, reason=reason, process_peak_bytes=process_peak_bytes()))
 
     def _export(self) -> None:
         folder = self.run_dir / "artifacts" / self.run.output_name
@@ -369,7 +382,7 @@ class Trainer:
             adapter_base = card.base_model
         for file in export_model(self.model, self.tokenizer, folder, card, adapter_base):
             path = (folder / file.name).relative_to(self.run_dir)
-            self.report("artifact", name=file.name, path=str(path), size_bytes=file.size_bytes, sha256=file.sha256)
+            self.report(ArtifactEvent(name=file.name, path=str(path), size_bytes=file.size_bytes, sha256=file.sha256))
 
     def _card(self) -> ModelCard:
         run, stats = self.run, self.splits.stats

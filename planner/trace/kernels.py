@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
-from chunkplan.engine.gradients.cut_parameter import CutParameter, CutTranspose, autocast_operands
+from chunkplan.engine.gradients.cut_parameter import CutParameter, CutTranspose
+from chunkplan.engine.model.autocast import autocast_operands
 from chunkplan.planner.catalog.overheads import (
     ONEDNN_SCRATCH_BYTES,
     ONEDNN_TRANSPOSED_BYTES,

@@ -22,14 +22,15 @@ from chunkplan.engine.gradients.activation import Activation, ActiveSlice
 from chunkplan.engine.gradients.cut_parameter import CutParameter
 from chunkplan.engine.gradients.fused_loss import block_rows
 from chunkplan.engine.model.adapters import add_adapters
-from chunkplan.engine.model.loading import decoder_layers, layer_lists, meta_model
+from chunkplan.engine.model.loading import meta_model
 from chunkplan.engine.model.packed_rows import check_packable, would_meet
+from chunkplan.engine.model.parts import decoder_layers, layer_lists
 from chunkplan.engine.model.tasks import Task, task_of
 from chunkplan.engine.optimizer.expansion import Expansion
-from chunkplan.engine.spec import CheckpointedLayers, TrainingSpec
+from chunkplan.engine.spec import CheckpointedLayers, StepSpec, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.stream.parameters import ParameterStream
-from chunkplan.engine.training.step import StepOptions, compute_loss, forward_backward, prepared
+from chunkplan.engine.training.step import compute_loss, forward_backward, prepared
 from chunkplan.planner.trace.autocast import traced_autocast
 from chunkplan.planner.trace.kernels import traced_kernels
 from chunkplan.planner.trace.recorder import Known, MemoryTrace
@@ -70,7 +71,7 @@ class ModelTracer:
             raise InputError("model.config", f"{type(self.model).__name__} has no list of layers to plan by")
         _check_positions(self.model, training.seq_len)
         _check_scan(self.model, training.seq_len)
-        with prepared(self.model, StepOptions(training.loss, training.activation_checkpointing)):
+        with prepared(self.model, training):
             pass  # refuses layers that the model does not have
         if training.packing:
             check_packable(self.model)
@@ -223,11 +224,11 @@ class ModelTracer:
             mode.ignore(moments.column)
         return expansion
 
-    def _options(self, kept: list[int]) -> StepOptions:
+    def _options(self, kept: list[int]) -> StepSpec:
         choice = self.training.activation_checkpointing
         if isinstance(choice, CheckpointedLayers):
             choice = CheckpointedLayers(layers=[i for i, index in enumerate(kept) if index in choice.layers])
-        return StepOptions(self.training.loss, choice, self.training.autocast)
+        return self.training.model_copy(update={"activation_checkpointing": choice})
 
     def _finish(self, mode: MemoryTrace, gradients: dict[int, int], active: list[ActiveSlice]) -> StepTrace:
         blocks = []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from chunkplan.engine.errors import InputError
+from chunkplan.engine.protocol import EXIT_COMPLETED, EXIT_DEVICE_BUSY, EXIT_STOPPED
 from chunkplan.service.cli.exits import FAILED, CommandError
 from chunkplan.service.cli.output import JsonOption, console, number, print_json
 from chunkplan.service.cli.planning import require_fit
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from chunkplan.service.execution.executors.local import LocalExecution
 
 _POLL_SECONDS = 0.2
-_STOPPED, _DEVICE_BUSY = 75, 76
 
 
 class Sample(NamedTuple):
@@ -107,7 +107,8 @@ def _run(run: LocalRun, *, quiet: bool) -> Outcome:
 
 def _events(execution: LocalExecution, run: LocalRun, outcome: Outcome) -> Iterator[tuple[str, dict[str, Any]]]:
     """The attempt's events as they come, until it has ended; samples go into the outcome."""
-    from chunkplan.service.execution.records.messages import Step, read_messages
+    from chunkplan.engine.protocol import StepEvent
+    from chunkplan.service.execution.records.messages import read_messages
 
     offset = 0
     while True:
@@ -116,7 +117,7 @@ def _events(execution: LocalExecution, run: LocalRun, outcome: Outcome) -> Itera
         batch = read_messages(run.events_file, offset)
         offset = batch.next_offset
         for message in batch.messages:
-            if isinstance(message, Step):
+            if isinstance(message, StepEvent):
                 outcome.samples += [
                     Sample(message.chunk_index, sample.phase, sample.allocated_bytes) for sample in message.samples
                 ]
@@ -165,11 +166,11 @@ def _check(outcome: Outcome, run: LocalRun) -> None:
         InputError: the trainer refused its input.
         CommandError: it stopped or failed.
     """
-    if outcome.exit_code == 0:
+    if outcome.exit_code == EXIT_COMPLETED:
         return
-    if outcome.exit_code == _STOPPED:
+    if outcome.exit_code == EXIT_STOPPED:
         raise CommandError(f"stopped after update {outcome.last_step}; the same command resumes", FAILED)
-    if outcome.exit_code == _DEVICE_BUSY:
+    if outcome.exit_code == EXIT_DEVICE_BUSY:
         raise CommandError(f"{run.launch.device}, or this run, is in use by another trainer", FAILED)
     failure = outcome.failure or {}
     if failure.get("reason") == "input" and failure.get("field"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkplan.engine.spec import JobTraining
+from chunkplan.engine.spec import JobTraining, ResolvedJobTraining
 from chunkplan.planner.spec import Plan
 from chunkplan.service.errors import DoesNotFit
 
@@ -37,6 +37,6 @@ def admit(plan: Plan, memory_bytes: int) -> None:
     )
 
 
-def resolved_training(training: JobTraining, plan: Plan) -> JobTraining:
+def resolved_training(training: JobTraining, plan: Plan) -> ResolvedJobTraining:
     """The training with a fixed schedule: for ``auto``, the one that the plan chose."""
-    return training.model_copy(update={"schedule": plan.schedule})
+    return training.resolved(plan.schedule)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chunkplan.engine.data.readers import is_running_text
 from chunkplan.engine.export.names import output_name, output_prefix
-from chunkplan.engine.spec import JobRequest, JobTraining, RunSpec, ScheduleSpec
+from chunkplan.engine.spec import JobRequest, ResolvedJobTraining, RunSpec
 from chunkplan.engine.stream.schedule import expected_updates, few_updates_warning
 from chunkplan.planner.catalog import find_model
 from chunkplan.planner.spec import Plan
@@ -18,7 +18,7 @@ from chunkplan.planner.spec import Plan
 def run_spec(
     request: JobRequest,
     plan: Plan,
-    training: JobTraining,
+    training: ResolvedJobTraining,
     *,
     job_id: str,
     model_folder: Path,
@@ -56,7 +56,7 @@ def run_spec(
         dataset_path=str(dataset_path),
         dataset_name=dataset_name,
         dataset_format=request.dataset.format,
-        eval_fraction=request.dataset.eval_fraction,
+        eval_fraction=request.dataset.held_out_fraction,
         validation_path=None if validation_path is None else str(validation_path),
         training=training,
         output_name=name,
@@ -71,12 +71,11 @@ def base_name(request: JobRequest) -> str | None:
     return find_model(request.model).hf_name if isinstance(request.model, str) else None
 
 
-def settings_warnings(training: JobTraining, dataset: Path, num_rows: int, eval_fraction: float) -> list[str]:
+def settings_warnings(training: ResolvedJobTraining, dataset: Path, num_rows: int, eval_fraction: float) -> list[str]:
     """What a user should know of the settings before a job runs, as far as its length is known.
 
     How many sequences a text or packed rows make is known when they are tokenized; the run itself warns then.
     """
-    assert isinstance(training.schedule, ScheduleSpec)
     if training.max_steps is None and (training.packing or is_running_text(dataset)):
         return []
     num_batches = max(1, int(num_rows * (1 - eval_fraction)) // training.micro_batch_size)

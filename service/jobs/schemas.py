@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.schedule import few_updates_warning
 from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
 from chunkplan.service.job_states import JobState, Reason
@@ -87,7 +87,7 @@ def _warnings(row: JobRow) -> list[str]:
     num_updates = row.total_steps or training["max_steps"]
     if num_updates is None:
         return []
-    warning = few_updates_warning(ScheduleSpec.model_validate(training["schedule"]), num_updates)
+    warning = few_updates_warning(ResolvedSchedule.model_validate(training["schedule"]), num_updates)
     return [] if warning is None else [warning]
 
 

@@ -82,7 +82,7 @@ class JobService:
             num_rows=prepared.num_rows,
             training=prepared.training.model_dump(mode="json"),
             warnings=settings_warnings(
-                prepared.training, prepared.dataset_path, prepared.num_rows, request.dataset.eval_fraction
+                prepared.training, prepared.dataset_path, prepared.num_rows, request.dataset.held_out_fraction
             ),
         )
 

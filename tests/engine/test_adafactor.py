@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from chunkplan.engine import ChunkFT, states
+from chunkplan.engine import ChunkFT
+from chunkplan.engine.optimizer import state_layout as states
 from chunkplan.engine.optimizer.chunk_optimizer import OptimizerConfig
 from chunkplan.engine.spec import Master, Optimizer
 from tests.engine.families import tiny_batch, tiny_model

@@ -78,7 +78,7 @@ def test_rows_of_another_file_are_what_is_held_out(load, tmp_path):
 
 
 def test_a_validation_file_takes_the_place_of_a_share():
-    spec = parse(DatasetSpec, {"path": "a.jsonl", "validation_path": "b.jsonl"})
+    spec = parse(DatasetSpec, {"path": "a.jsonl", "validation_path": "b.jsonl"}).normalised()
     assert spec.eval_fraction == 0
     assert parse(DatasetSpec, spec.model_dump()) == spec
     for other in ({"eval_fraction": 0.1}, {"validation_file_id": "file_1"}):

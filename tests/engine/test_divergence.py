@@ -9,6 +9,7 @@ from chunkplan.engine.training.divergence import PATIENCE, LossWatch
 from chunkplan.engine.training.trainer import Diverged
 from chunkplan.engine.worker import run_attempt
 from tests.engine.runs import prepare_run
+from tests.support.events import collector
 
 VOCABULARY = 50_000  # ln is 10.8
 
@@ -25,7 +26,7 @@ def test_an_absurd_rate_ends_a_run_as_diverged_and_says_what_to_do(tmp_path, num
     run = prepare_run(tmp_path, learning_rate=3.0, max_steps=400, schedule={"num_chunks": num_chunks})
     events = []
     with pytest.raises(Diverged):
-        run_attempt(run, lambda kind, **fields: events.append({"type": kind, **fields}), lambda: False)
+        run_attempt(run, collector(events), lambda: False)
     last = events[-1]
     assert (last["type"], last["reason"]) == ("failed", "diverged")
     assert last["detail"].startswith("loss is ")
@@ -36,7 +37,7 @@ def test_an_absurd_rate_ends_a_run_as_diverged_and_says_what_to_do(tmp_path, num
 
 def test_a_run_at_a_rate_that_is_only_too_high_goes_on(tmp_path):
     run, events = prepare_run(tmp_path, learning_rate=0.3, max_steps=40, schedule={"num_chunks": 1}), []
-    assert run_attempt(run, lambda kind, **fields: events.append({"type": kind, **fields}), lambda: False) == 0
+    assert run_attempt(run, collector(events), lambda: False) == 0
     losses = [event["loss"] for event in events if event["type"] == "step"]
     assert max(losses) > losses[0] + 2  # it did go up for a while
     assert losses[-1] < losses[0]

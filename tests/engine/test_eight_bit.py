@@ -118,9 +118,9 @@ def test_adamw8bit_is_adamw_with_int8_states():
     short, long = trained(optimizer="adamw8bit"), trained(state_dtype="int8")
     assert torch.equal(short, long)
     assert not torch.equal(short, trained())
-    spec = parse(TrainingSpec, {"optimizer": "adamw8bit", "schedule": {"num_chunks": 2}})
+    spec = parse(TrainingSpec, {"optimizer": "adamw8bit", "schedule": {"num_chunks": 2}}).resolved()
     assert spec.schedule.state_dtype is StateDtype.INT8
-    assert parse(TrainingSpec, spec.model_dump_json()) == spec
+    assert parse(TrainingSpec, spec.model_dump_json()).resolved() == spec
 
 
 @pytest.mark.parametrize(

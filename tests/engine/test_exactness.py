@@ -9,8 +9,9 @@ import torch
 
 from chunkplan.engine import ParameterStream, activate
 from chunkplan.engine.model.tasks import num_counted_tokens, task_of
-from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
+from chunkplan.engine.training.step import Unobserved, forward_backward, prepared
 from tests.engine.families import FAMILIES, UNLISTED, batch_for, relative_error, tiny_model
+from tests.support.steps import step_options
 
 COUNTS = (1, 2, 7, 16, 33)
 BF16_ULP = 2**-8
@@ -68,7 +69,7 @@ def assert_exact(model, options, reference, num_micro_batches=1, tolerance=1e-6,
 
 @pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
 def test_every_chunk_of_every_family(family):
-    model, options = tiny_model(family), StepOptions("standard")
+    model, options = tiny_model(family), step_options("standard")
     assert_exact(model, options, dense(model, options), reorders=family in REORDERS)
 
 
@@ -76,7 +77,7 @@ def test_t5_with_sdpa_takes_another_kernel_where_its_position_bias_is_frozen():
     # The bias is the attention mask. torch's fused attention has no gradient of a mask, so that a mask that
     # needs one goes through the plain products: same mathematics, sums in another order. With 'eager' the
     # matrix is exact.
-    model, options = tiny_model("t5", attn="sdpa"), StepOptions("standard")
+    model, options = tiny_model("t5", attn="sdpa"), step_options("standard")
     reference = dense(model, options)
     assert_exact(model, options, reference, tolerance=3e-6, reorders=True)
     biases = [p for name, p in model.named_parameters() if "relative_attention_bias" in name]
@@ -90,19 +91,19 @@ def test_t5_with_sdpa_takes_another_kernel_where_its_position_bias_is_frozen():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_checkpointing_accumulation_and_the_fused_loss(family):
     model = tiny_model(family)
-    reference = dense(model, StepOptions("fused"), num_micro_batches=2)
-    assert_exact(model, StepOptions("fused", "full"), reference, num_micro_batches=2)
+    reference = dense(model, step_options("fused"), num_micro_batches=2)
+    assert_exact(model, step_options("fused", "full"), reference, num_micro_batches=2)
 
 
 @pytest.mark.parametrize("loss", ["fused", "standard"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_autocast(family, loss):
-    model, options = tiny_model(family), StepOptions(loss, "full", "bf16")
+    model, options = tiny_model(family), step_options(loss, "full", "bf16")
     counts = COUNTS if loss == "fused" else (2, 16)
-    assert_exact(model, options, dense(model, StepOptions(loss, "none", "bf16")), tolerance=BF16_ULP, counts=counts)
+    assert_exact(model, options, dense(model, step_options(loss, "none", "bf16")), tolerance=BF16_ULP, counts=counts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_weights(family):
-    model, options = tiny_model(family, torch.bfloat16), StepOptions("fused")
+    model, options = tiny_model(family, torch.bfloat16), step_options("fused")
     assert_exact(model, options, dense(model, options), tolerance=BF16_ULP)

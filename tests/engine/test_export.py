@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chunkplan.engine.export.model_folder import ModelCard, base_license, export_model
+from chunkplan.engine.export.model_card import ModelCard, base_license
+from chunkplan.engine.export.model_folder import export_model
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 CARD = ModelCard(

@@ -11,11 +11,12 @@ from chunkplan.engine.optimizer.loss_scale import MAX_SKIPPED_IN_ROW, LossScale
 from chunkplan.engine.optimizer.rounding import stochastic_round_
 from chunkplan.engine.spec import RunSpec, TrainingSpec, parse
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint
-from chunkplan.engine.training.step import StepOptions, evaluate
+from chunkplan.engine.training.step import evaluate
 from chunkplan.engine.training.trainer import Diverged, Trainer
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.runs import prepare_run
+from tests.support.steps import step_options
 
 TRAINING = {"schedule": {"num_chunks": 2}, "precision": "fp16"}
 
@@ -140,7 +141,7 @@ def test_a_run_learns_and_reports_what_it_skipped(settings, tmp_path):
 def test_a_run_whose_gradients_always_overflow_is_given_up(tmp_path, monkeypatch):
     run = prepare_run(tmp_path, precision="fp16", max_steps=100)
     spec = json.loads((run / "job.json").read_text())
-    trainer = Trainer(parse(RunSpec, spec), run, lambda *_, **__: None, lambda: False)
+    trainer = Trainer(parse(RunSpec, spec), run, lambda event: None, lambda: False)
     monkeypatch.setattr(LossScale, "accepts", refuse)
     with pytest.raises(Diverged, match=f"in {MAX_SKIPPED_IN_ROW} updates"):
         trainer.train()
@@ -170,10 +171,10 @@ def test_what_fp16_cannot_do_is_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("dtype", "options", "field"),
     [
-        (torch.float16, {"master": "residual"}, "master"),
-        (torch.float16, {"expansion": "factored"}, "expansion"),
-        (torch.float16, {"update_in_backward": True, "max_grad_norm": None}, "update_in_backward"),
-        (torch.bfloat16, {"autocast": "bf16"}, "autocast"),
+        (torch.float16, {"master": "residual"}, "training.schedule.master"),
+        (torch.float16, {"expansion": "factored"}, "training.schedule.expansion"),
+        (torch.float16, {"update_in_backward": True, "max_grad_norm": None}, "training.update_in_backward"),
+        (torch.bfloat16, {"autocast": "bf16"}, "training.autocast"),
     ],
 )
 def test_the_tuner_refuses_the_same(dtype, options, field):
@@ -193,6 +194,6 @@ def test_autocast_is_the_models_own_loss_under_autocast(autocast, loss):
     assert own != plain
     with ChunkFT(model, 2, loss=loss, autocast=autocast) as tuner:
         assert float(tuner.backward(batch)) == pytest.approx(own, rel=1e-6)
-        value, _ = evaluate(model, [batch], StepOptions(loss, "none", autocast))
+        value, _ = evaluate(model, [batch], step_options(loss, "none", autocast))
     assert value == pytest.approx(own, rel=1e-6)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from chunkplan.engine import ParameterStream, activate, cut
+from chunkplan.engine import ParameterStream, activate
+from chunkplan.engine.gradients import cut_parameter as cut
 from chunkplan.engine.record.profiler import CpuProfiler
-from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
+from chunkplan.engine.training.step import Unobserved, forward_backward, prepared
 from tests.engine.families import dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
+from tests.support.steps import step_options
 
 COUNTS = (1, 5, 16)
 
@@ -54,7 +56,7 @@ def test_recomputed_layers_drop_the_same_units(family, rates):
     # OPT and the attention of most families call F.dropout: no nn.Dropout betrays it.
     model, batch, gradients = tiny_model(family, **rates), tiny_batch(), []
     for checkpointing in ("none", "full"):
-        options = StepOptions("standard", checkpointing)
+        options = step_options("standard", checkpointing)
         chunk = ParameterStream(model).partition(1)[0]
         with prepared(model, options), activate(model, chunk) as active:
             torch.manual_seed(3)

@@ -9,7 +9,6 @@ from chunkplan.engine.data.tokens import IGNORE_INDEX, Tokens
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.model.packed_rows import check_isolation
 from chunkplan.engine.training.step import (
-    StepOptions,
     Unobserved,
     check_packing,
     compute_loss,
@@ -19,6 +18,7 @@ from chunkplan.engine.training.step import (
     prepared,
 )
 from tests.engine.families import FAMILIES, VOCAB_SIZE, relative_error, tiny_model
+from tests.support.steps import step_options
 
 REFUSED = {
     "opt": "lets rows of one sequence see each other",
@@ -85,9 +85,9 @@ def test_every_chunks_packed_gradient_is_the_sum_of_the_rows_gradients(family, l
     """With checkpointing, and the sequences in two micro-batches."""
     model, whole = tiny_model(family), packed_batch()
     denominator = float(num_counted_tokens(whole["labels"]))
-    reference = gradients_alone(model, StepOptions(loss), denominator)
+    reference = gradients_alone(model, step_options(loss), denominator)
     batches = [{name: tensor[part] for name, tensor in whole.items()} for part in (slice(0, 1), slice(1, 3))]
-    stream, options = ParameterStream(model), StepOptions(loss, "full")
+    stream, options = ParameterStream(model), step_options(loss, "full")
     for num_chunks in (1, 2, 7, 16, 33) if loss == "fused" else (2,):
         for chunk in stream.partition(num_chunks):
             with prepared(model, options), activate(model, chunk, stream) as active:
@@ -134,7 +134,7 @@ def test_no_gradient_flows_from_one_row_into_another(family, dtype):
         example = joined([before, second[1]])
         batch = collate([example], 0, 12, packing=True)
         batch["labels"][:, :7] = IGNORE_INDEX
-        loss = compute_loss(model, batch, 1.0, StepOptions())
+        loss = compute_loss(model, batch, 1.0, step_options())
         return torch.autograd.grad(loss, seen[-1])[0]
 
     one, other = gradient_of_the_second_row(first[0]), gradient_of_the_second_row(second[0])
@@ -160,7 +160,7 @@ def test_a_model_that_mixes_up_positions_is_refused():
     inner = model.transformer.wpe.forward
     model.transformer.wpe.forward = lambda position_ids: inner(torch.arange(position_ids.shape[1])[None])
     with pytest.raises(InputError, match="does not start each row at its own position 0"):
-        check_packing(model, StepOptions())
+        check_packing(model, step_options())
 
 
 def test_a_model_that_takes_no_positions_is_refused():
@@ -169,7 +169,7 @@ def test_a_model_that_takes_no_positions_is_refused():
     def loss_of(batch):
         if "position_ids" in batch:
             raise TypeError("unexpected keyword")
-        return compute_loss(model, batch, 1.0, StepOptions())
+        return compute_loss(model, batch, 1.0, step_options())
 
     with pytest.raises(InputError, match="takes no position ids"):
         check_isolation(model, loss_of)
@@ -179,7 +179,7 @@ def test_a_model_that_cannot_be_checked_is_refused():
     model, embedding = tiny_model("llama"), tiny_model("llama").get_input_embeddings()
     model.get_input_embeddings = lambda: embedding  # not the one that it calls
     with pytest.raises(InputError, match="does not call its input embedding"):
-        check_packing(model, StepOptions())
+        check_packing(model, step_options())
 
 
 def test_positions_come_with_packing_and_only_with_it():
@@ -198,7 +198,7 @@ def test_positions_come_with_packing_and_only_with_it():
 
 def test_held_out_loss_is_the_same_packed_and_not():
     model = tiny_model("qwen3")
-    packed, num_packed = evaluate(model, [packed_batch()], StepOptions())
-    plain, num_plain = evaluate(model, list(alone()), StepOptions())
+    packed, num_packed = evaluate(model, [packed_batch()], step_options())
+    plain, num_plain = evaluate(model, list(alone()), step_options())
     assert num_packed == num_plain
     assert packed == pytest.approx(plain, rel=1e-6)

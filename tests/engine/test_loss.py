@@ -9,7 +9,7 @@ from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
 from chunkplan.engine.gradients.fused_loss import IGNORE_INDEX, LogitTransform, block_tokens, fused_linear_cross_entropy
 from chunkplan.engine.model.tasks import task_of
 from chunkplan.engine.record.profiler import CpuProfiler
-from chunkplan.engine.training.step import StepOptions, compute_loss, num_counted_tokens
+from chunkplan.engine.training.step import compute_loss, num_counted_tokens
 from tests.engine.families import (
     FAMILIES,
     UNLISTED,
@@ -21,12 +21,13 @@ from tests.engine.families import (
     tiny_model,
 )
 from tests.engine.memory import held
+from tests.support.steps import step_options
 
 
 def fused_loss(model, batch=None, denominator=None):
     batch = batch or batch_for(model)
     denominator = denominator or float(num_counted_tokens(batch["labels"], task_of(model)))
-    return compute_loss(model, batch, denominator, StepOptions("fused"))
+    return compute_loss(model, batch, denominator, step_options("fused"))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])

@@ -8,14 +8,16 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate, states
+from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
+from chunkplan.engine.optimizer import state_layout as states
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
 from chunkplan.engine.spec import StateDtype, TrainingSpec, parse
 from chunkplan.engine.stream.schedule import Schedule, rate_factor
 from chunkplan.engine.training.coverage import parameter_digests, updated_share
-from chunkplan.engine.training.step import StepOptions, compute_loss, prepared
+from chunkplan.engine.training.step import compute_loss, prepared
 from tests.engine.families import FAMILIES, dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 from tests.engine.test_transfer import Procrastinator
+from tests.support.steps import step_options
 
 
 def test_mistake_01_the_gradient_of_rmsnorm_is_rmsnorms():
@@ -52,7 +54,7 @@ def test_mistake_02_frozen_layers_keep_no_inputs_and_get_no_weight_gradient():
 
 @pytest.mark.parametrize("checkpointing", ["full", "none"])
 def test_mistake_03_checkpointing_drops_the_inputs_of_cut_layers_too(checkpointing):
-    model, options = tiny_model("llama"), StepOptions("standard", checkpointing)
+    model, options = tiny_model("llama"), step_options("standard", checkpointing)
     stream, inputs = ParameterStream(model), []
     index = stream.names.index("model.layers.1.mlp.gate_proj.weight")
     chunk = next(c for c in stream.partition(33) if any(s.index == index for s in c.slices))

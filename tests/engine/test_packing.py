@@ -11,6 +11,7 @@ from chunkplan.engine.data.packing import pack
 from chunkplan.engine.spec import RunSpec
 from chunkplan.engine.training.trainer import Trainer
 from tests.engine.runs import prepare_run
+from tests.support.events import pairs
 
 
 def rows_of(packing):
@@ -66,9 +67,7 @@ def train(run_dir, stops=()):
     run = RunSpec.model_validate_json((run_dir / "job.json").read_text())
     for stop in (*stops, None):
         events = []
-        trainer = Trainer(
-            run, run_dir, lambda kind, events=events, **fields: events.append((kind, fields)), lambda: False
-        )
+        trainer = Trainer(run, run_dir, pairs(events), lambda: False)
         trainer.stop_requested = lambda trainer=trainer, stop=stop: trainer.tuner.num_updates == stop
         assert trainer.train() == ("completed" if stop is None else "stopped")
     return events

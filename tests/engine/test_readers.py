@@ -9,8 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from chunkplan.engine import readers
-from chunkplan.engine.data import check_dataset
+from chunkplan.engine.data import check_dataset, readers
 from chunkplan.engine.data.rows import Conversation, Message, Passage, RowReader
 from chunkplan.engine.errors import InputError
 

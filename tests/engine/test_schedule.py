@@ -60,7 +60,7 @@ def rates(num_updates, **values):
     training = JobTraining.model_validate(
         {"learning_rate": 2.0, "schedule": {"num_chunks": 4, "switch_every": 2}, **values}
     )
-    return [learning_rate(training, update, num_updates) for update in range(num_updates)]
+    return [learning_rate(training.resolved(), update, num_updates) for update in range(num_updates)]
 
 
 def test_by_update_every_schedule_is_its_closed_formula_and_ends_at_the_last_update():

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from chunkplan.engine import data
+from chunkplan.engine.data import dataset as data
 from chunkplan.engine.data import load_dataset
 from chunkplan.engine.data.token_store import StoreWriter, TokenStore, permutation
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder, Tokens

@@ -17,14 +17,17 @@ from transformers import (
 )
 
 from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
-from chunkplan.engine.model.loading import decoder_layers, load_model
+from chunkplan.engine.model.loading import load_model
+from chunkplan.engine.model.parts import decoder_layers
 from chunkplan.engine.model.tasks import BatchPreparation, Task, task_of, task_of_config
 from chunkplan.engine.spec import Precision
 from chunkplan.engine.training.coverage import parameter_digests, updated_share
-from chunkplan.engine.training.step import StepOptions, Unobserved, forward_backward, prepared
+from chunkplan.engine.training.step import Unobserved, forward_backward, prepared
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
 from tests.engine.families import FAMILIES, UNLISTED, batch_for, tiny_batch, tiny_model
 from tests.engine.runs import write_job
+from tests.support.events import pairs
+from tests.support.steps import step_options
 
 WORDS = ["a", "the", "title", "of", "metal", "worker", "is", "welder", "carver", "caster", "smith", "turner"]
 BERT_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -96,7 +99,7 @@ def test_a_run_learns_updates_everything_and_exports_what_loads_again(kind, buil
         micro_batch_size=8, gradient_accumulation_steps=2, activation_checkpointing="full", checkpoint_every=100,
     )  # fmt: skip
     events = []
-    assert run_attempt(run, lambda kind, **fields: events.append((kind, fields)), lambda: False) == EXIT_COMPLETED
+    assert run_attempt(run, pairs(events), lambda: False) == EXIT_COMPLETED
     evaluations = [fields for kind, fields in events if kind == "eval"]
     assert evaluations[-1]["loss"] < 0.75 * evaluations[0]["loss"]
     (coverage,) = [fields for kind, fields in events if kind == "coverage"]
@@ -262,7 +265,7 @@ def test_a_decoder_chunk_leaves_the_encoder_alone_and_an_encoder_chunk_recompute
 
     for i, layer in enumerate(layers):
         next(module for module in layer.modules() if not list(module.children())).register_forward_hook(count(i))
-    options, stream = StepOptions("fused", "full"), ParameterStream(model)
+    options, stream = step_options("fused", "full"), ParameterStream(model)
     seen = set()
     for chunk in stream.partition(33):
         runs[:] = [0] * 4

@@ -5,6 +5,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from chunkplan.engine.worker import run_attempt
 from tests.engine.runs import prepare_run
+from tests.support.events import fields_of
 
 
 class Crash(Exception):
@@ -15,9 +16,9 @@ def attempt(run, crash_after=None):
     """Run an attempt in this process; returns its events."""
     events = []
 
-    def report(kind, **fields):
-        events.append({"type": kind, **fields})
-        if kind == "step" and fields["step"] == crash_after:
+    def report(event):
+        events.append({"type": event.type, **fields_of(event)})
+        if event.type == "step" and event.step == crash_after:
             raise Crash
 
     run_attempt(run, report, lambda: False)

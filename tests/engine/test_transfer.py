@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from chunkplan.engine import ParameterStream, activate, states
+from chunkplan.engine import ParameterStream, activate
+from chunkplan.engine.optimizer import state_layout as states
 from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, OptimizerConfig
 from chunkplan.engine.optimizer.state_transfer import Lane
 from chunkplan.engine.spec import Master, Optimizer, StateDtype

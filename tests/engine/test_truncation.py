@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from chunkplan.engine import ChunkFT, InputError, ParameterStream, activate
-from chunkplan.engine.model.loading import decoder_layers
+from chunkplan.engine.model.parts import decoder_layers
 from chunkplan.engine.record.profiler import CpuProfiler
 from chunkplan.engine.spec import CheckpointedLayers
-from chunkplan.engine.training.step import StepOptions, Unobserved, compute_loss, forward_backward, prepared
+from chunkplan.engine.training.step import Unobserved, compute_loss, forward_backward, prepared
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.memory import held
+from tests.support.steps import step_options
 
 NUM_LAYERS = 6
 HEADS = ("model.norm", "lm_head", "transformer.ln_f")
@@ -50,7 +51,7 @@ def counted_calls(model, part):
 
 
 def run(model, chunk, checkpointing, loss="fused"):
-    batch, options = tiny_batch(), StepOptions(loss, checkpointing)
+    batch, options = tiny_batch(), step_options(loss, checkpointing)
     with prepared(model, options), activate(model, chunk) as active:
         forward_backward(model, batch, 17.0, options, Unobserved())
         return [s.name for s in active]
@@ -123,7 +124,7 @@ def test_nothing_is_kept_below_the_active_chunk(family, checkpointing):
 
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(lambda *_, i=index: enter(i))
-    batch, options = tiny_batch(), StepOptions("fused", checkpointing)
+    batch, options = tiny_batch(), step_options("fused", checkpointing)
     lowest_seen = set()
     for chunk in ParameterStream(model).partition(12):
         enter(-1)

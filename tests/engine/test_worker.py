@@ -30,6 +30,7 @@ from tests.engine.runs import (
     worker_env,
     write_job,
 )
+from tests.support.events import collector
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def failure(run):
     """The last event of an attempt that fails, run in this process."""
     events = []
     with pytest.raises(Exception):  # noqa: B017 - the event says which
-        run_attempt(run, lambda kind, **fields: events.append({"type": kind, **fields}), lambda: False)
+        run_attempt(run, collector(events), lambda: False)
     json.dumps(events, allow_nan=False)
     assert events[-1]["type"] == "failed"
     assert "\n" not in events[-1]["detail"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from chunkplan.engine.protocol import Event, FinishedEvent, StepEvent
 from chunkplan.planner.spec import Peak
-from chunkplan.service.execution.records.messages import Finished, Message, Step
 
 
 def bounds_of(peak: Peak, extra_bytes: int, device_kind: str) -> dict[str, int]:
@@ -25,12 +25,12 @@ def bounds_of(peak: Peak, extra_bytes: int, device_kind: str) -> dict[str, int]:
     return bounds | {"reserved_bytes": peak.reserved_bytes + margin}
 
 
-def drift(message: Message, bounds: Mapping[str, int]) -> dict[str, Any] | None:
+def drift(message: Event, bounds: Mapping[str, int]) -> dict[str, Any] | None:
     """What a message reports above a bound: the figure that is furthest above; None when there is none."""
-    if isinstance(message, Finished):
+    if isinstance(message, FinishedEvent):
         place = {"step": message.step, "chunk_index": None, "phase": None}
         figures = [place | _above("host_bytes", message.process_peak_bytes or 0, bounds)]
-    elif isinstance(message, Step):
+    elif isinstance(message, StepEvent):
         place = {"step": message.step, "chunk_index": message.chunk_index}
         figures = [
             place | {"phase": sample.phase} | _above(name, getattr(sample, name), bounds)

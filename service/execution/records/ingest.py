@@ -8,20 +8,20 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from chunkplan.engine.protocol import (
+    MAX_INTEGER,
+    ArtifactEvent,
+    CheckpointEvent,
+    CoverageEvent,
+    EvalEvent,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    StartedEvent,
+    StepEvent,
+)
 from chunkplan.service.db.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow, SampleRow
 from chunkplan.service.execution.records.drift import drift
-from chunkplan.service.execution.records.messages import (
-    MAX_INTEGER,
-    Artifact,
-    Checkpoint,
-    Coverage,
-    Eval,
-    Failed,
-    Finished,
-    Message,
-    Started,
-    Step,
-)
 from chunkplan.service.execution.repository import AttemptRepository
 from chunkplan.service.job_states import JobState, Reason
 from chunkplan.service.jobs.transitions import add_event, transition
@@ -45,7 +45,7 @@ class Ingestion:
         self._usage = UsageBook(session, job)
         self.attempt_values: dict[str, Any] = {}
 
-    def add(self, message: Message) -> None:
+    def add(self, message: Event) -> None:
         """Applies a message and records it as an event."""
         self._apply(message)
         self._add_event(message, message.type, message.data)
@@ -55,15 +55,15 @@ class Ingestion:
             self.attempt_values["drift_bytes"] = found["excess_bytes"]
             self._add_event(message, "drift", found)
 
-    def _add_event(self, message: Message, kind: str, data: dict[str, Any]) -> None:
+    def _add_event(self, message: Event, kind: str, data: dict[str, Any]) -> None:
         add_event(self._session, self._job, kind, data, now=message.time, attempt_id=self._attempt_id)
 
     @singledispatchmethod
-    def _apply(self, message: Message) -> None:
+    def _apply(self, message: Event) -> None:
         """Messages of other types are events and nothing more."""
 
     @_apply.register
-    def _(self, message: Started) -> None:
+    def _(self, message: StartedEvent) -> None:
         self._run(message)
         self._job.total_steps = min(message.total_steps, MAX_INTEGER)
         self._job.step = message.resumed_step
@@ -71,7 +71,7 @@ class Ingestion:
         AttemptRepository(self._session).supersede_metrics(self._job.id, self._attempt_id, message.resumed_step)
 
     @_apply.register
-    def _(self, message: Step) -> None:
+    def _(self, message: StepEvent) -> None:
         self._run(message)
         job = self._job
         job.step, job.loss, job.eta_seconds = message.step, message.loss, message.eta_seconds
@@ -110,7 +110,7 @@ class Ingestion:
         )
 
     @_apply.register
-    def _(self, message: Eval) -> None:
+    def _(self, message: EvalEvent) -> None:
         self._session.add(
             MetricRow(
                 job_id=self._job.id,
@@ -124,7 +124,7 @@ class Ingestion:
         )
 
     @_apply.register
-    def _(self, message: Checkpoint) -> None:
+    def _(self, message: CheckpointEvent) -> None:
         self.attempt_values["checkpoint_step"] = message.step
         self._session.add(
             CheckpointRow(
@@ -140,7 +140,7 @@ class Ingestion:
         )
 
     @_apply.register
-    def _(self, message: Artifact) -> None:
+    def _(self, message: ArtifactEvent) -> None:
         row = AttemptRepository(self._session).artifact(self._job.id, message.name)
         if row is None:
             row = ArtifactRow(id=new_id("art", message.time), job_id=self._job.id, name=message.name)
@@ -149,15 +149,15 @@ class Ingestion:
         row.size_bytes, row.sha256 = message.size_bytes, message.sha256
 
     @_apply.register
-    def _(self, message: Coverage) -> None:
+    def _(self, message: CoverageEvent) -> None:
         self._job.coverage = message.data
 
     @_apply.register
-    def _(self, message: Finished) -> None:
+    def _(self, message: FinishedEvent) -> None:
         self.attempt_values["finished_reason"] = message.reason
 
     @_apply.register
-    def _(self, message: Failed) -> None:
+    def _(self, message: FailedEvent) -> None:
         self._job.field = message.field
         self.attempt_values |= {
             "failed_reason": message.reason,
@@ -166,7 +166,7 @@ class Ingestion:
             "needed_bytes": message.needed_bytes,
         }
 
-    def _run(self, message: Message) -> None:
+    def _run(self, message: Event) -> None:
         if self._job.state is JobState.STARTING:
             transition(
                 self._session,

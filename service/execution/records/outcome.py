@@ -5,10 +5,8 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
+from chunkplan.engine.protocol import EXIT_COMPLETED, EXIT_DEVICE_BUSY, EXIT_STOPPED
 from chunkplan.service.job_states import JobState, Reason
-
-EXIT_COMPLETED, EXIT_STOPPED, EXIT_DEVICE_BUSY = 0, 75, 76
-"""Exit codes of the worker's protocol."""
 
 _PERMANENT = {
     "input": Reason.INPUT,
