@@ -7,6 +7,7 @@ signals.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -40,7 +41,7 @@ class EventFile:
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
-        self._file.write(event.model_dump_json() + "\n")
+        self._file.write(json.dumps(event.model_dump(mode="json")) + "\n")
         self._file.flush()
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from chunkplan.engine.gradients.cut_parameter import CutParameter, RowRange
-from chunkplan.engine.optimizer.expansion import Expansion
-from chunkplan.engine.optimizer.factored import matrix_shape
-from chunkplan.engine.stream.chunks import Chunk
+from chunkplan.engine.stream.chunks import Chunk, matrix_shape
 from chunkplan.engine.stream.parameters import ParameterStream
 
 __all__ = ["Activation", "ActiveSlice", "CutParameter", "activate"]
@@ -55,6 +54,15 @@ class ActiveSlice:
         self.parameter.grad = None
 
 
+class GradientWatcher(Protocol):
+    """Whoever wants the gradients of parameters outside the active chunk, where they pass by anyway."""
+
+    def watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+        """Make a parameter trainable, and take its gradient whenever it is complete, until the handle is
+        removed.
+        """
+
+
 class Activation:
     """Context manager in which exactly one chunk of a model has gradients.
 
@@ -70,17 +78,17 @@ class Activation:
         self,
         stream: ParameterStream,
         chunk: Chunk,
-        expansion: Expansion | None = None,
+        watcher: GradientWatcher | None = None,
         on_gradient: Callable[[int, ActiveSlice], None] | None = None,
     ) -> None:
         self._stream = stream
-        self._expansion = expansion
+        self._watcher = watcher
         self._expanded: list[nn.Parameter] = []
         self._on_gradient = on_gradient
         self._chunk = chunk
         self._was_trainable: list[bool] = []
         self._before: list[tuple[type[nn.Parameter], Tensor | None]] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []
         self.slices: list[ActiveSlice] = []
 
     def __enter__(self) -> list[ActiveSlice]:
@@ -108,17 +116,17 @@ class Activation:
                 parameter.rows = rows  # type: ignore[attr-defined]
                 self._hooks.append(leaf.register_post_accumulate_grad_hook(arrived))
             self.slices.append(active)
-        if self._expansion is not None:
-            self._expand(self._expansion)
+        if self._watcher is not None:
+            self._expand(self._watcher)
         return self.slices
 
-    def _expand(self, expansion: Expansion) -> None:
+    def _expand(self, watcher: GradientWatcher) -> None:
         """Let the parameters above the chunk, where the gradient passes anyway, take part."""
         inside = {piece.index for piece in self._chunk.slices}
         for index in range(min(inside), len(self._stream.parameters)):
             if index not in inside:
                 self._expanded.append(self._stream.parameters[index])
-                self._hooks.append(expansion.watch(self._stream.names[index], self._stream.parameters[index]))
+                self._hooks.append(watcher.watch(self._stream.names[index], self._stream.parameters[index]))
 
     def expand(self, is_on: bool) -> None:
         """Let the parameters above the chunk take part in the next backward pass, or not."""

@@ -19,9 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from chunkplan.engine.model.autocast import autocast_operands
+from chunkplan.engine.torch_internals import (
+    DIFFERENTIABLE_GETTERS,
+    grouped_product,
+    tree_map,
+    without_subclasses,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class CutParameter(nn.Parameter):
     ) -> Any:
         """Route ``func`` to its sliced version, or give it an alias of the weight."""
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             if torch.is_grad_enabled() and not is_metadata(func):
                 sliced = _SLICED.get(func)
                 result = sliced(*args, **kwargs) if sliced else None
@@ -80,7 +85,6 @@ def _transpose(weight: Any, dim0: int, dim1: int) -> Tensor | None:
     return transposed
 
 
-_DIFFERENTIABLE_GETTERS = {vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH")}
 _METADATA_METHODS = {
     "requires_grad_", "detach", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "untyped_storage",
     "element_size", "register_hook", "is_floating_point", "is_complex", "__hash__", "__repr__", "__deepcopy__",
@@ -92,7 +96,7 @@ def is_metadata(func: Callable[..., Any]) -> bool:
     """True for attribute reads and methods that no gradient flows through."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
-        return func not in _DIFFERENTIABLE_GETTERS
+        return func not in DIFFERENTIABLE_GETTERS
     return name in _METADATA_METHODS
 
 
@@ -190,7 +194,7 @@ class _SlicedGroupedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, offsets: Tensor, start: int, stop: int) -> Tensor:
         ctx.save_for_backward(x, offsets, weight if ctx.needs_input_grad[0] else None)
         ctx.range, ctx.is_transposed = (start, stop), not weight.is_contiguous()
-        result: Tensor = torch._grouped_mm(x, weight, offs=offsets)
+        result: Tensor = grouped_product(x, weight, offs=offsets)
         return result
 
     @staticmethod
@@ -199,13 +203,13 @@ class _SlicedGroupedProduct(torch.autograd.Function):
         x, offsets, weight = ctx.saved_tensors
         start, stop = ctx.range
         dy = dy.contiguous()
-        dx = torch._grouped_mm(dy, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
+        dx = grouped_product(dy, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
         begin, end = _group_bounds(offsets, start, stop, x.shape[0])
         left, right = (dy, x) if ctx.is_transposed else (x, dy)
         if begin == end:
             dw = x.new_zeros((stop - start, left.shape[1], right.shape[1]))
         else:
-            dw = torch._grouped_mm(left[begin:end].t(), right[begin:end], offs=offsets[start:stop] - begin)
+            dw = grouped_product(left[begin:end].t(), right[begin:end], offs=offsets[start:stop] - begin)
         return dx, dw.view(-1), None, None, None, None
 
 
@@ -351,7 +355,7 @@ _SLICED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.linear: _linear,
     F.embedding: _embedding,
     torch.addmm: _addmm,
-    torch._grouped_mm: _grouped_mm,
+    grouped_product: _grouped_mm,
     torch.bmm: _bmm,
     torch.matmul: _bmm,
     torch.Tensor.bmm: _bmm,

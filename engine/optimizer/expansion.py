@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkplan.engine.optimizer.factored import FactoredUpdate, matrix_shape
+from chunkplan.engine.optimizer.factored import FactoredUpdate
 from chunkplan.engine.optimizer.rounding import Noise, stochastic_round_
+from chunkplan.engine.stream.chunks import matrix_shape
 
 
 @dataclass(frozen=True, slots=True)

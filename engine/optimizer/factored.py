@@ -57,9 +57,3 @@ class FactoredUpdate:
     def _exact(self, block: slice) -> Tensor:
         gradient = self._gradient[block].float()
         return gradient if self._loss_scale == 1.0 else gradient / self._loss_scale
-
-
-def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """(rows, columns) as which a parameter's second moments are factored: columns are its last dimension."""
-    num_columns = shape[-1] if len(shape) > 1 else 1
-    return shape.numel() // num_columns, num_columns

@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
-from torch._C._profiler import (
-    ProfilerActivity,
-    ProfilerConfig,
-    ProfilerState,
-    RecordScope,
-    _EventType,
-    _ExperimentalConfig,
-)
 from torch.profiler import record_function
 
 from chunkplan.engine.protocol import PhaseSample
+from chunkplan.engine.torch_internals import (
+    ExperimentalConfig,
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerEventType,
+    ProfilerState,
+    RecordScope,
+    disable_profiler,
+    enable_profiler,
+    prepare_profiler,
+)
 
 _PHASE_PREFIX = "chunkplan."
 # The profiler's library otherwise prints two lines to stderr for every window.
@@ -75,16 +77,16 @@ class CpuProfiler:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Record one window; afterwards :attr:`samples` holds its phases."""
-        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, ExperimentalConfig())
         self._phases = []
-        _prepare_profiler(config, {ProfilerActivity.CPU})
-        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+        prepare_profiler(config, {ProfilerActivity.CPU})
+        enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
         try:
             yield
         except BaseException:
-            _disable_profiler()  # what broke off in a phase has no record, and must not be hidden by that
+            disable_profiler()  # what broke off in a phase has no record, and must not be hidden by that
             raise
-        self.samples = self._read(_disable_profiler())
+        self.samples = self._read(disable_profiler())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -103,7 +105,7 @@ class CpuProfiler:
             event = pending.pop()
             pending.extend(event.children)
             kind, fields = event.typed
-            if kind == _EventType.Allocation:
+            if kind == ProfilerEventType.Allocation:
                 totals.append((event.start_time_ns, fields.total_allocated))
             elif event.name.startswith(_PHASE_PREFIX):
                 ranges.append((event.start_time_ns, event.end_time_ns, event.name.removeprefix(_PHASE_PREFIX)))

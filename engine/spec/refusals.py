@@ -6,12 +6,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from chunkplan.engine.spec.choices import Master, Optimizer, Precision, StateDtype
+from chunkplan.engine.spec.schedule import ScheduleSpec
 
-if TYPE_CHECKING:
-    from chunkplan.engine.spec.training import TrainingSpec
+
+class Asked(Protocol):
+    """What refusals read of a :class:`chunkplan.engine.spec.TrainingSpec`."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def has_one_chunk(self) -> bool: ...
+    @property
+    def lora(self) -> object | None: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def autocast(self) -> str: ...
+    @property
+    def scales_loss(self) -> bool: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def gradient_accumulation_steps(self) -> int: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
+    @property
+    def update_in_backward(self) -> bool: ...
+    @property
+    def asked_schedule(self) -> ScheduleSpec: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +47,28 @@ class Refusal:
     """Dotted name, within the training spec, of the option to change."""
     message: str
     """Why, and what to use instead."""
-    applies: Callable[[TrainingSpec], bool]
+    applies: Callable[[Asked], bool]
     """Whether a spec asks for it."""
 
 
-def refusal_of(training: TrainingSpec) -> Refusal | None:
+def refusal_of(training: Asked) -> Refusal | None:
     """Return the first refusal that a spec runs into; None for one that can be trained."""
     return next((refusal for refusal in REFUSALS if refusal.applies(training)), None)
 
 
-def _expands(training: TrainingSpec) -> bool:
+def _expands(training: Asked) -> bool:
     return training.asked_schedule.expansion != "none"
 
 
-def _master(training: TrainingSpec) -> Master:
+def _master(training: Asked) -> Master:
     return training.asked_schedule.master
 
 
-def _has_residuals(training: TrainingSpec) -> bool:
+def _has_residuals(training: Asked) -> bool:
     return _master(training) is Master.RESIDUAL
 
 
-def _state_dtype_is_not(training: TrainingSpec, optimizer: Optimizer, dtype: StateDtype) -> bool:
+def _state_dtype_is_not(training: Asked, optimizer: Optimizer, dtype: StateDtype) -> bool:
     return training.optimizer is optimizer and training.asked_schedule.state_dtype not in (None, dtype)
 
 
@@ -100,7 +125,7 @@ REFUSALS = (
     ),
     Refusal(
         "schedule.num_chunks",
-        "methods 'full' and 'lora' are the schedule with num_chunks 1; use method 'chunkft' for more",
+        "a method with one chunk is the schedule with num_chunks 1; use method 'chunkft' for more",
         lambda training: training.has_one_chunk and training.asked_schedule.num_chunks not in (None, 1),
     ),
     Refusal(

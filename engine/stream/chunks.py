@@ -20,6 +20,16 @@ from math import prod
 from chunkplan.engine.errors import InputError
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (rows, columns) of a parameter seen as one matrix: its columns are the last dimension, a vector
+    has one.
+
+    Second moments are factored that way, and slices are updated in whole rows of it.
+    """
+    num_columns = shape[-1] if len(shape) > 1 else 1
+    return prod(shape) // num_columns, num_columns
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
     """Name, shape and element size of one parameter of the stream."""
@@ -46,7 +56,7 @@ class ParameterInfo:
     @property
     def num_columns(self) -> int:
         """Length of the last dimension; 1 for a vector."""
-        return self.shape[-1] if len(self.shape) > 1 else 1
+        return matrix_shape(self.shape)[1]
 
     @property
     def row_numel(self) -> int:

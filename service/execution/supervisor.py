@@ -18,13 +18,14 @@ from typing import Any
 import structlog
 
 from chunkplan.engine.process.device_lock import Share
+from chunkplan.engine.protocol import StepEvent
 from chunkplan.planner.calibration.residuals import STEP
 from chunkplan.service.db import Database
 from chunkplan.service.execution.dispatch import Dispatcher
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
 from chunkplan.service.execution.executors.protocol import Execution, Launch
 from chunkplan.service.execution.ledger import Claimed, Handle, Ledger, StaleToken
-from chunkplan.service.execution.records.messages import Step, read_messages
+from chunkplan.service.execution.records.messages import read_messages
 from chunkplan.service.execution.recovery import Recovery
 from chunkplan.service.execution.replanning import Replanner
 from chunkplan.service.job_states import JobState
@@ -169,7 +170,7 @@ class Supervisor:
             if self._ledger.ingest(following.handle, batch, following.offset):
                 self._metrics.drift.labels(following.handle.device).inc()
             following.offset = batch.next_offset
-            steps = [message for message in batch.messages if isinstance(message, Step)]
+            steps = [message for message in batch.messages if isinstance(message, StepEvent)]
             if steps and steps[-1].samples:
                 following.measured_bytes = max(sample.allocated_bytes for sample in steps[-1].samples)
                 self._count(following.handle.device)

@@ -16,6 +16,7 @@ from chunkplan.engine.training.trainer import Diverged, Trainer
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
 from tests.engine.families import tiny_batch, tiny_model
 from tests.engine.runs import prepare_run
+from tests.support.events import pairs
 from tests.support.steps import step_options
 
 TRAINING = {"schedule": {"num_chunks": 2}, "precision": "fp16"}
@@ -130,7 +131,7 @@ def test_the_scale_doubles_after_many_clean_updates_and_survives_a_checkpoint(tm
 def test_a_run_learns_and_reports_what_it_skipped(settings, tmp_path):
     run = prepare_run(tmp_path, **settings, max_steps=24, learning_rate=1e-2)
     events = []
-    assert run_attempt(run, lambda kind, **fields: events.append((kind, fields)), lambda: False) == EXIT_COMPLETED
+    assert run_attempt(run, pairs(events), lambda: False) == EXIT_COMPLETED
     steps = [fields for kind, fields in events if kind == "step"]
     evaluations = [fields["loss"] for kind, fields in events if kind == "eval"]
     assert evaluations[-1] < 0.8 * evaluations[0]

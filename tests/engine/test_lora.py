@@ -22,6 +22,7 @@ from chunkplan.engine.worker import run_attempt
 from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
 from tests.engine.runs import events_of, exit_code, prepare_run, start_worker, wait_for
 from tests.engine.test_export import CARD
+from tests.support.events import pairs
 from tests.tiny import tiny_tokenizer
 
 SPEC = LoraSpec(rank=4, alpha=8.0)
@@ -181,7 +182,7 @@ def test_a_killed_job_leaves_the_adapter_of_an_uninterrupted_one(tmp_path):
     exit_code(killed)
     for folder, attempt in ((run, 2), (whole, 1)):
         events = []
-        assert run_attempt(folder, lambda kind, to=events, **fields: to.append((kind, fields)), lambda: False) == 0
+        assert run_attempt(folder, pairs(events), lambda: False) == 0
         (started,) = [fields for kind, fields in events if kind == "started"]
         assert started["resumed_step"] == (events_of(run, 1, "checkpoint")[-1]["step"] if attempt == 2 else 0)
         assert 0 < started["num_trainable_parameters"] < started["num_parameters"]
