@@ -77,7 +77,7 @@ def worker_command(run_dir, attempt, *arguments):
 
 def worker_env():
     """One thread, so that sums do not depend on who else is running."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
 def events_of(run_dir, attempt=1, kind=None):

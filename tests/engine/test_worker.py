@@ -174,19 +174,21 @@ def test_a_death_that_the_kernel_tells_twice_is_one_wish_to_stop(tmp_path):
     ) as parent:
         worker = psutil.Process(int(parent.stdout.readline()))
         status = Path(f"/proc/{worker.pid}/status")
-        until(lambda: int(re.search(r"SigCgt:\t(\w+)", status.read_text())[1], 16) & 1 << signal.SIGTERM - 1)
+        until(worker, lambda: int(re.search(r"SigCgt:\t(\w+)", status.read_text())[1], 16) & 1 << signal.SIGTERM - 1)
         parent.stdin.write("\n")
         parent.stdin.flush()
         assert parent.stdout.readline()
-        until(lambda: events_of(run, kind="loading"))
+        until(worker, lambda: events_of(run, kind="loading"))
         parent.kill()
     psutil.wait_procs([worker], timeout=60)
     assert events_of(run)[-1]["reason"] == "stopped"
 
 
-def until(condition):
-    """Block until something holds; the test's time ends what never does."""
+def until(process, condition):
+    """Block until something holds; fails when the process ends before."""
     while not condition():
+        assert process.is_running()
+        assert process.status() != psutil.STATUS_ZOMBIE
         os.sched_yield()
 
 
