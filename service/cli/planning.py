@@ -14,41 +14,17 @@ from chunkplan.planner.spec import Plan, PlanRequest
 from chunkplan.service.cli.exits import DOES_NOT_FIT, CommandError
 from chunkplan.service.cli.output import JsonOption, console, print_json
 from chunkplan.service.cli.requests import device_reference, model_reference, parse_bytes
+from chunkplan.service.cli.spec_options import with_training_options
 
 _PICTURES = (".png", ".svg", ".pdf")
 
 
+@with_training_options
 def plan(
     model: Annotated[str, typer.Option(help="Catalog id, Hugging Face name, or a folder with a config.json.")],
     gpu: Annotated[
         str | None, typer.Option(help="Catalog id, 'cpu', or a JSON object; by default what this machine has.")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
-    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
-    packing: Annotated[
-        bool, typer.Option("--packing", help="Short rows share a sequence, unseen by each other.")
-    ] = False,
-    method: Annotated[str | None, typer.Option(help="chunkft, full or lora.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters, with method lora.")] = None,
-    chunks: Annotated[int | None, typer.Option(help="Number of chunks.")] = None,
-    order: Annotated[str | None, typer.Option(help="descending, ascending or random.")] = None,
-    switch_every: Annotated[int | None, typer.Option(help="Updates per visit of a chunk.")] = None,
-    states: Annotated[str | None, typer.Option(help="Optimizer states between visits: keep or reset.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = None,
-    autocast: Annotated[str | None, typer.Option(help="Of products of fp32 weights: none, bf16 or fp16.")] = None,
-    state_dtype: Annotated[str | None, typer.Option(help="How states are stored: fp32, bf16 or int8.")] = None,
-    master: Annotated[str | None, typer.Option(help="Master of bf16 weights: none, residual or fp32.")] = None,
-    expansion: Annotated[str | None, typer.Option(help="Of what lies above the chunk: none or factored.")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw, adamw8bit, adafactor, lion, sgd, adagrad, rmsprop.")
-    ] = None,
-    update_in_backward: Annotated[
-        bool, typer.Option("--update-in-backward", help="Update each slice in backward; no clipping.")
-    ] = False,
-    checkpointing: Annotated[str | None, typer.Option(help="Activation checkpointing: full or none.")] = None,
-    loss: Annotated[str | None, typer.Option(help="fused or standard.")] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa or eager.")] = None,
     memory_limit: Annotated[str | None, typer.Option(help="Use at most this much of the device: 12GiB.")] = None,
     dataset_tokens: Annotated[
         int | None, typer.Option(help="Of an epoch, padding included: for the time and cost of the whole run.")
@@ -72,32 +48,17 @@ def plan(
         int | None, typer.Option(help="Of a .pickle timeline: whose step; by default the one with the peak.")
     ] = None,
     as_json: JsonOption = False,
+    *,
+    training: dict[str, Any],
 ) -> None:
     """Predict a run's memory and time. Exit code 3 when it does not fit."""
-    schedule = {
-        "num_chunks": chunks,
-        "order": order,
-        "switch_every": switch_every,
-        "states": states,
-        "state_dtype": state_dtype,
-        "master": master,
-        "expansion": expansion,
-    }
-    training = {
-        "method": method,
-        "lora": None if lora_rank is None else {"rank": lora_rank},
-        "seq_len": seq_len,
-        "micro_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "packing": packing or None,
-        "precision": precision,
-        "autocast": autocast,
-        "optimizer": optimizer,
-        "activation_checkpointing": checkpointing,
-        "loss": loss,
-        "attention": attention,
-        "schedule": _schedule(schedule, auto=auto),
-    }
+    if auto and "schedule" in training:
+        given = ", ".join(training["schedule"])
+        raise InputError("training.schedule", f"--auto chooses the schedule; leave out {given}")
+    if auto:
+        training["schedule"] = "auto"
+    if training.get("update_in_backward"):
+        training.setdefault("max_grad_norm", None)
     if plot is not None and plot.suffix.lower() not in _PICTURES:
         raise InputError("plot", f"must end in {', '.join(_PICTURES)} (got {str(plot)!r})")
     request = {
@@ -105,8 +66,7 @@ def plan(
         "gpu": device_reference(gpu),
         "memory_limit_bytes": None if memory_limit is None else parse_bytes("memory_limit_bytes", memory_limit),
         "run": _given({"dataset_tokens": dataset_tokens, "epochs": epochs, "max_steps": max_steps}) or None,
-        "training": _given(training)
-        | ({"update_in_backward": True, "max_grad_norm": None} if update_in_backward else {}),
+        "training": training,
     }
     if timeline is not None:
         format_of(timeline)
@@ -229,13 +189,6 @@ def _export(planned: Plan, path: Path, chunk: int | None, *, quiet: bool) -> Non
         raise InputError("timeline", f"cannot write {path}: {error.strerror}") from error
     if not quiet:
         console().print(f"timeline written to {path}", soft_wrap=True)
-
-
-def _schedule(values: dict[str, Any], *, auto: bool) -> dict[str, Any] | str | None:
-    given = _given(values)
-    if auto and given:
-        raise InputError("training.schedule", f"--auto chooses the schedule; leave out {', '.join(given)}")
-    return "auto" if auto else given or None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
