@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from chunkplan.engine.spec.base import SpecModel
-from chunkplan.engine.spec.training import JobTraining
+from chunkplan.engine.spec.training import AskedJobTraining
 
 
 class RunSpec(SpecModel):
@@ -27,7 +27,7 @@ class RunSpec(SpecModel):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     validation_path: str | None = None
     """Evaluated on instead of held-out rows."""
-    training: JobTraining
+    training: AskedJobTraining
     output_name: str
     merge: bool = False
     predicted_peak_bytes: int | None = None
