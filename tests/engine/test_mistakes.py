@@ -15,8 +15,8 @@ from chunkplan.engine.spec import StateDtype, TrainingSpec, parse
 from chunkplan.engine.stream.schedule import Schedule, rate_factor
 from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.training.step import compute_loss, prepared
-from tests.engine.families import FAMILIES, dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
-from tests.engine.test_transfer import Procrastinator
+from tests.engine.optimizer.test_transfer import Procrastinator
+from tests.support.families import FAMILIES, dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 from tests.support.steps import step_options
 
 

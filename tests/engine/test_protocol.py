@@ -5,7 +5,7 @@ from pathlib import Path
 
 from chunkplan.engine import protocol
 from chunkplan.engine.protocol import EVENTS, Event
-from tests.engine.runs import events_of, exit_code, prepare_run, start_worker
+from tests.support.runs import events_of, exit_code, prepare_run, start_worker
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
 

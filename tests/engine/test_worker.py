@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkplan.engine.worker import run_attempt
-from tests.engine.runs import (
+from tests.support.events import collector
+from tests.support.runs import (
     NUM_CHUNKS,
     NUM_STEPS,
     ROOT,
@@ -30,7 +31,6 @@ from tests.engine.runs import (
     worker_env,
     write_job,
 )
-from tests.support.events import collector
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from chunkplan.engine import ChunkFT, InputError
 from chunkplan.engine.spec import REFUSALS, TrainingSpec, parse
 from chunkplan.planner import PlanRequest
-from tests.engine.families import tiny_model
+from tests.support.families import tiny_model
 
 PAGE = Path(__file__).parents[3] / "docs" / "engine.md"
 FP32, BF16, FP16 = "fp32", "bf16", "fp16"

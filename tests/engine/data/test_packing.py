@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from chunkplan.engine.data.packing import pack
 from chunkplan.engine.spec import RunSpec
 from chunkplan.engine.training.trainer import Trainer
-from tests.engine.runs import prepare_run
 from tests.support.events import pairs
+from tests.support.runs import prepare_run
 
 
 def rows_of(packing):

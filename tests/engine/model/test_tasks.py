@@ -24,9 +24,9 @@ from chunkplan.engine.spec import Precision
 from chunkplan.engine.training.coverage import parameter_digests, updated_share
 from chunkplan.engine.training.step import Unobserved, forward_backward, prepared
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
-from tests.engine.families import FAMILIES, UNLISTED, batch_for, tiny_batch, tiny_model
-from tests.engine.runs import write_job
 from tests.support.events import pairs
+from tests.support.families import FAMILIES, UNLISTED, batch_for, tiny_batch, tiny_model
+from tests.support.runs import write_job
 from tests.support.steps import step_options
 
 WORDS = ["a", "the", "title", "of", "metal", "worker", "is", "welder", "carver", "caster", "smith", "turner"]

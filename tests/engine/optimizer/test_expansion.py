@@ -7,7 +7,7 @@ from chunkplan.engine import ChunkFT, InputError
 from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint
-from tests.engine.families import tiny_batch, tiny_model
+from tests.support.families import tiny_batch, tiny_model
 
 
 def weights(model):

@@ -19,10 +19,10 @@ from chunkplan.engine.model.adapters import add_adapters, merge_adapters
 from chunkplan.engine.spec import LoraSpec, TrainingSpec, parse
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.worker import run_attempt
-from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
-from tests.engine.runs import events_of, exit_code, prepare_run, start_worker, wait_for
-from tests.engine.test_export import CARD
+from tests.engine.export.test_export import CARD
 from tests.support.events import pairs
+from tests.support.families import FAMILIES, batch_for, tiny_batch, tiny_model
+from tests.support.runs import events_of, exit_code, prepare_run, start_worker, wait_for
 from tests.tiny import tiny_tokenizer
 
 SPEC = LoraSpec(rank=4, alpha=8.0)

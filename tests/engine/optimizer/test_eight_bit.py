@@ -8,8 +8,8 @@ from chunkplan.engine.optimizer.chunk_optimizer import OptimizerConfig
 from chunkplan.engine.optimizer.eight_bit import dequantise, quantise, tables
 from chunkplan.engine.spec import Optimizer, StateDtype, TrainingSpec, parse
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint
-from tests.engine.families import tiny_batch, tiny_model
-from tests.engine.updates import gradients, random_weight, run
+from tests.support.families import tiny_batch, tiny_model
+from tests.support.updates import gradients, random_weight, run
 
 
 def stored(exact, is_signed, seed=0):

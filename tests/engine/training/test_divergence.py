@@ -8,8 +8,8 @@ import pytest
 from chunkplan.engine.training.divergence import PATIENCE, LossWatch
 from chunkplan.engine.training.trainer import Diverged
 from chunkplan.engine.worker import run_attempt
-from tests.engine.runs import prepare_run
 from tests.support.events import collector
+from tests.support.runs import prepare_run
 
 VOCABULARY = 50_000  # ln is 10.8
 

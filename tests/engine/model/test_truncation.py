@@ -12,8 +12,8 @@ from chunkplan.engine.model.parts import decoder_layers
 from chunkplan.engine.record.profiler import CpuProfiler
 from chunkplan.engine.spec import CheckpointedLayers
 from chunkplan.engine.training.step import Unobserved, compute_loss, forward_backward, prepared
-from tests.engine.families import tiny_batch, tiny_model
-from tests.engine.memory import held
+from tests.support.families import tiny_batch, tiny_model
+from tests.support.memory import held
 from tests.support.steps import step_options
 
 NUM_LAYERS = 6

@@ -8,7 +8,7 @@ import torch
 
 from chunkplan.engine import ChunkFT
 from chunkplan.engine.training.checkpoint import CheckpointError, _digest, resume, save_checkpoint
-from tests.engine.families import tiny_batch, tiny_model
+from tests.support.families import tiny_batch, tiny_model
 
 OPTIONS = {"num_chunks": 4, "lr": 1e-3, "weight_decay": 0.01}
 

@@ -17,7 +17,7 @@ from chunkplan.engine.training.step import (
     num_counted_tokens,
     prepared,
 )
-from tests.engine.families import FAMILIES, VOCAB_SIZE, relative_error, tiny_model
+from tests.support.families import FAMILIES, VOCAB_SIZE, relative_error, tiny_model
 from tests.support.steps import step_options
 
 REFUSED = {

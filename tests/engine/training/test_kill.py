@@ -10,8 +10,8 @@ import sys
 import psutil
 import pytest
 
-from tests.engine.runs import ROOT, events_of, prepare_run, worker_env
-from tests.engine.test_checkpoint import cut_short, flip_a_bit
+from tests.engine.training.test_checkpoint import cut_short, flip_a_bit
+from tests.support.runs import ROOT, events_of, prepare_run, worker_env
 
 NUM_KILLS = 10
 NUM_STEPS = 80

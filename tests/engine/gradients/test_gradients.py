@@ -12,7 +12,7 @@ from chunkplan.engine import ParameterStream, activate
 from chunkplan.engine.gradients import cut_parameter as cut
 from chunkplan.engine.record.profiler import CpuProfiler
 from chunkplan.engine.training.step import Unobserved, forward_backward, prepared
-from tests.engine.families import dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
+from tests.support.families import dense_gradients, own_loss, relative_error, tiny_batch, tiny_model
 from tests.support.steps import step_options
 
 COUNTS = (1, 5, 16)

@@ -14,7 +14,7 @@ from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import DatasetSpec, parse
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

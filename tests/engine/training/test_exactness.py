@@ -10,7 +10,7 @@ import torch
 from chunkplan.engine import ParameterStream, activate
 from chunkplan.engine.model.tasks import num_counted_tokens, task_of
 from chunkplan.engine.training.step import Unobserved, forward_backward, prepared
-from tests.engine.families import FAMILIES, UNLISTED, batch_for, relative_error, tiny_model
+from tests.support.families import FAMILIES, UNLISTED, batch_for, relative_error, tiny_model
 from tests.support.steps import step_options
 
 COUNTS = (1, 2, 7, 16, 33)

@@ -14,9 +14,9 @@ from chunkplan.engine.training.checkpoint import resume, save_checkpoint
 from chunkplan.engine.training.step import evaluate
 from chunkplan.engine.training.trainer import Diverged, Trainer
 from chunkplan.engine.worker import EXIT_COMPLETED, run_attempt
-from tests.engine.families import tiny_batch, tiny_model
-from tests.engine.runs import prepare_run
 from tests.support.events import pairs
+from tests.support.families import tiny_batch, tiny_model
+from tests.support.runs import prepare_run
 from tests.support.steps import step_options
 
 TRAINING = {"schedule": {"num_chunks": 2}, "precision": "fp16"}

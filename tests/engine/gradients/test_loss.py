@@ -10,7 +10,7 @@ from chunkplan.engine.gradients.fused_loss import IGNORE_INDEX, LogitTransform, 
 from chunkplan.engine.model.tasks import task_of
 from chunkplan.engine.record.profiler import CpuProfiler
 from chunkplan.engine.training.step import compute_loss, num_counted_tokens
-from tests.engine.families import (
+from tests.support.families import (
     FAMILIES,
     UNLISTED,
     batch_for,
@@ -20,7 +20,7 @@ from tests.engine.families import (
     tiny_batch,
     tiny_model,
 )
-from tests.engine.memory import held
+from tests.support.memory import held
 from tests.support.steps import step_options
 
 

@@ -7,7 +7,7 @@ from benchmarks.planner_accuracy import CONFIGS, case, measure
 from chunkplan.engine import ChunkFT, InputError
 from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint
-from tests.engine.families import FAMILIES, batch_for, tiny_batch, tiny_model
+from tests.support.families import FAMILIES, batch_for, tiny_batch, tiny_model
 
 
 def trained(family, num_updates, dtype=torch.float32, num_chunks=4, **options):

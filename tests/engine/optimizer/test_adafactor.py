@@ -9,8 +9,8 @@ from chunkplan.engine import ChunkFT
 from chunkplan.engine.optimizer import state_layout as states
 from chunkplan.engine.optimizer.chunk_optimizer import OptimizerConfig
 from chunkplan.engine.spec import Master, Optimizer
-from tests.engine.families import tiny_batch, tiny_model
-from tests.engine.updates import gradients, random_weight, run
+from tests.support.families import tiny_batch, tiny_model
+from tests.support.updates import gradients, random_weight, run
 
 CONFIG = {"rule": Optimizer.ADAFACTOR, "max_grad_norm": None}
 

@@ -4,8 +4,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from chunkplan.engine.worker import run_attempt
-from tests.engine.runs import prepare_run
 from tests.support.events import fields_of
+from tests.support.runs import prepare_run
 
 
 class Crash(Exception):

@@ -9,8 +9,8 @@ from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, Optimizer
 from chunkplan.engine.optimizer.rounding import join, split
 from chunkplan.engine.spec import Master, Optimizer, StateDtype, TrainingSpec, parse
 from chunkplan.engine.stream.schedule import Schedule
-from tests.engine.updates import gradients
-from tests.engine.updates import run as feed
+from tests.support.updates import gradients
+from tests.support.updates import run as feed
 
 RULES = list(Optimizer)
 ELEMENTWISE = [rule for rule in RULES if rule is not Optimizer.ADAFACTOR]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from chunkplan.engine import ChunkFT, InputError
 from chunkplan.engine.spec import JobTraining, Order, ScheduleSpec
 from chunkplan.engine.stream.schedule import Schedule, few_updates_warning, learning_rate, rate_factor
-from tests.engine.families import tiny_batch, tiny_model
+from tests.support.families import tiny_batch, tiny_model
 
 
 def visited(schedule, num_updates):

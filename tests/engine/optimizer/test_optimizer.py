@@ -13,7 +13,7 @@ from chunkplan.engine.optimizer.rounding import stochastic_round_
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL
 from chunkplan.engine.spec import Order
 from chunkplan.engine.stream.schedule import Schedule
-from tests.engine.families import tiny_batch, tiny_model
+from tests.support.families import tiny_batch, tiny_model
 
 
 def batches(count):

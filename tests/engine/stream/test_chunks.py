@@ -8,7 +8,7 @@ from torch import nn
 
 from chunkplan.engine import InputError, ParameterStream
 from chunkplan.engine.stream.chunks import ParameterInfo, partition
-from tests.engine.families import tiny_model
+from tests.support.families import tiny_model
 
 SHAPES = st.one_of(
     st.just(()),
