@@ -40,8 +40,8 @@ def _to_milliseconds(time: datetime) -> str:
 
 
 class Event(BaseModel):
-    """Anything that a trainer reports. Readers keep what a newer trainer says beyond the fields that they
-    know.
+    """Anything that a trainer reports. Readers keep what a newer trainer adds to the fields that
+    they know.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)

@@ -1,6 +1,4 @@
-"""From files to batches: rows are read, rendered, tokenized, kept on disk, packed and collated. Imports no
-torch.
-"""
+"""From files to batches: rows are read, tokenized, kept on disk, packed and collated. Imports no torch."""
 
 from chunkplan.engine.data.batches import LENGTH_MULTIPLE, Batches, Example, Examples, collate, joined
 from chunkplan.engine.data.dataset import (

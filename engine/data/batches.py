@@ -1,6 +1,4 @@
-"""Batches: which examples they hold, and the tensors that become of them. Imports torch only to
-make these.
-"""
+"""Batches: which examples they hold, and their tensors. Imports torch only to make these."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ class Examples(Sequence[Example]):
         self._store = store
         lengths = store.lengths[rows]
         self.num_tokens = int(lengths.sum())
-        """Of all rows."""
+        """Number of tokens in all rows."""
         self._packing: Packing | None = None
         self._rows = rows
         if capacity is not None:
@@ -73,8 +71,8 @@ class Examples(Sequence[Example]):
 
 
 def joined(rows: Sequence[Tokens]) -> Example:
-    """Rows one after the other. No row's first token is trained: what stands before it belongs to another
-    row.
+    """Return rows one after the other, none of whose first tokens is trained: it follows another
+    row's end.
     """
     input_ids: list[int] = []
     labels: list[int] = []
@@ -125,8 +123,7 @@ class Batches:
 def collate(
     examples: Sequence[Example], pad_token_id: int, seq_len: int, *, packing: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of one micro-batch: ``input_ids`` and ``labels``, int64, [B, S]; with packing ``position_ids``
-    too.
+    """Return a micro-batch: ``input_ids`` and ``labels``, int64 [B, S]; with packing ``position_ids`` too.
 
     Padded on the right to the longest example, rounded up to a multiple of 64 and capped at ``seq_len``.
     There is no attention mask on purpose: under causal attention no real token ever sees the padding to its

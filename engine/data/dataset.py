@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from chunkplan.engine.data.batches import Examples
 from chunkplan.engine.data.readers import FIELD
-from chunkplan.engine.data.rows import FormatChoice, Passage, Row, RowReader
+from chunkplan.engine.data.rows import FormatChoice, RawText, Row, RowReader
 from chunkplan.engine.data.token_store import StoreWriter, TokenStore, permutation
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder, Tokens
 from chunkplan.engine.errors import InputError
@@ -47,9 +47,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """What became of the rows: ``num_rows`` = train + eval + skipped. Each piece of a text file counts as a
-    row.
-    """
+    """Says what became of the rows (train + eval + skipped); each piece of a text counts as one."""
 
     num_rows: int
     num_train_rows: int
@@ -59,7 +57,7 @@ class DatasetStats:
     num_skipped_rows: int
     """Rows without a trained token within ``seq_len``."""
     num_train_tokens: int
-    """Of the rows to train on, as far as they are used."""
+    """Number of tokens in the rows to train on, as far as they are used."""
     num_packed_sequences: int | None
     """Sequences of ``seq_len`` tokens that the rows to train on were packed into; None without packing."""
     packing_density: float | None
@@ -228,7 +226,7 @@ def _batches_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _num_characters(row: Row) -> int:
-    if isinstance(row.content, Passage):
+    if isinstance(row.content, RawText):
         return len(row.content.prompt) + len(row.content.completion)
     return sum(len(message.content) for message in row.content.messages)
 
@@ -241,7 +239,7 @@ def _encoded(rows: Sequence[Row], encoder: Encoder, seq_len: int) -> Iterator[To
         except ValueError as error:
             raise InputError(FIELD, f"{row.place}: {error}") from error
     for row, tokens in zip(rows, encoder.encode_all(rendered), strict=True):
-        if isinstance(row.content, Passage) and row.content.is_running:
+        if isinstance(row.content, RawText) and row.content.is_running:
             yield from encoder.pieces(tokens, seq_len)
         else:
             yield tokens

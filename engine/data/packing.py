@@ -59,8 +59,8 @@ class _Room:
         """Bit i is set where sequences have room for exactly i tokens."""
 
     def best(self, length: int, count: int) -> tuple[NDArray[np.int64], int]:
-        """The sequences that rows of one length fill best, and how many rows each takes; the last may take
-        fewer.
+        """Return the sequences that rows of one length fill best, and how many rows each takes, but for the
+        last.
         """
         fitting = self._sizes >> length
         size = length + (fitting & -fitting).bit_length() - 1 if fitting else self._capacity

@@ -1,5 +1,4 @@
-"""Training rows as users write them: objects in one of four formats, whatever file holds them. Imports no
-torch.
+"""Training rows as users write them, in one of four formats, whatever file holds them. Imports no torch.
 
 | format | keys | trained |
 |---|---|---|
@@ -48,14 +47,13 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class RawText:
     """Raw text; what follows ``prompt`` is trained."""
 
     prompt: str
     completion: str
     is_running: bool = False
-    """A block of a longer text: it does not end where the block does, and is cut into pieces rather than cut
-    off."""
+    """True for a block of a longer text, which does not end where the block does: it is cut into pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class Row:
     """One row of a dataset and where it stands: ``line 3`` or ``row 3``."""
 
     place: str
-    content: Conversation | Passage
+    content: Conversation | RawText
 
 
 class RowReader:
@@ -89,15 +87,15 @@ class RowReader:
             if self.format == "auto":
                 self.format = _detect_format(place, values)
             content = parse_row(place, values, self.format)
-            if isinstance(content, Passage) and is_running_text(self.path):
-                content = Passage("", content.completion, is_running=True)
+            if isinstance(content, RawText) and is_running_text(self.path):
+                content = RawText("", content.completion, is_running=True)
             yield Row(place, content)
             num_rows += 1
         if num_rows == 0:
             raise InputError(FIELD, f"{self.path.name} has no rows")
 
 
-def parse_row(place: str, values: dict[str, Any], format: RowFormat) -> Conversation | Passage:
+def parse_row(place: str, values: dict[str, Any], format: RowFormat) -> Conversation | RawText:
     """The content of one row.
 
     Raises:
@@ -117,9 +115,9 @@ def parse_row(place: str, values: dict[str, Any], format: RowFormat) -> Conversa
             return Conversation((Message("user", user), Message("assistant", answer)))
         case "prompt_completion":
             prompt = _text(place, "prompt", values["prompt"])
-            return Passage(prompt, _text(place, "completion", values["completion"]))
+            return RawText(prompt, _text(place, "completion", values["completion"]))
         case "text":
-            return Passage("", _text(place, "text", values["text"]))
+            return RawText("", _text(place, "text", values["text"]))
 
 
 def _detect_format(place: str, values: dict[str, Any]) -> RowFormat:

@@ -47,9 +47,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, key: str) -> TokenStore | None:
-        """The store that was made from what ``key`` stands for; None if it is not there, another,
-        or damaged.
-        """
+        """Return the store that was made from what ``key`` stands for; None if it is another, or damaged."""
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
             is_whole = manifest["key"] == key and all(

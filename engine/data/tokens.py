@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
-from chunkplan.engine.data.rows import Conversation, Message, Passage
+from chunkplan.engine.data.rows import Conversation, Message, RawText
 from chunkplan.engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _PLAIN_TEMPLATE = (
 
 
 class Tokens(NamedTuple):
-    """Token ids of one row and their labels: the id itself where the token is trained, else -100 (not
+    """Holds the token ids of a row and their labels: the id where a token is trained, else -100 (not
     shifted).
     """
 
@@ -88,7 +88,7 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self._start: list[int] = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
-    def encode(self, content: Conversation | Passage) -> Tokens:
+    def encode(self, content: Conversation | RawText) -> Tokens:
         """Token ids and labels of one row, not truncated.
 
         Raises:
@@ -96,13 +96,13 @@ class Encoder:
         """
         return self.encode_all([self.render(content)])[0]
 
-    def render(self, content: Conversation | Passage) -> Rendered | Tokens:
+    def render(self, content: Conversation | RawText) -> Rendered | Tokens:
         """What :meth:`encode_all` takes: a text, or the tokens where the template makes them itself.
 
         Raises:
             ValueError: the chat template refuses the conversation; the message says why.
         """
-        if isinstance(content, Passage):
+        if isinstance(content, RawText):
             text = content.prompt + content.completion
             trained = Span(len(content.prompt), len(text))
             return Rendered(text, (trained,), add_special_tokens=not content.is_running, ends=not content.is_running)
@@ -168,8 +168,8 @@ class Encoder:
         return rendered
 
     def _turn(self, text: str, messages: Sequence[Message], index: int) -> Span:
-        """Where the assistant's message ``index`` stands in ``text``, from its first trained character to its
-        last.
+        """Return where the assistant's message ``index`` begins and ends in ``text``, trained characters
+        only.
         """
         blank = self._render([*messages[:index], Message("assistant", _PLACEHOLDER), *messages[index + 1 :]])
         start = _common_prefix(text, blank)
@@ -211,7 +211,7 @@ class Encoder:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """Characters that both begin with, by bisection: comparing slices costs far less than comparing
+    """Return how many characters both begin with, by bisection: slices are compared far faster than
     characters.
     """
     known, limit = 0, min(len(a), len(b))

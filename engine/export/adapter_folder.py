@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 
 def save_adapters(model: PreTrainedModel, folder: Path, base_model: str) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which ``peft.PeftModel`` loads with
-    the base.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, for ``peft.PeftModel``.
 
     Args:
         model: with adapters.

@@ -137,7 +137,7 @@ def _thinned(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _versions() -> dict[str, str]:
-    """Of what trained the model; what is not installed as a package is left out."""
+    """Return versions of what trained the model, but for what is not installed as a package."""
     found = {}
     for name in ("chunkplan", "torch", "transformers", "peft"):
         try:

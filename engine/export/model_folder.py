@@ -68,9 +68,7 @@ def export_model(
 
 @contextmanager
 def _exportable(model: PreTrainedModel) -> Iterator[None]:
-    """For as long as the model is written: a cache for generation, which training turned off, and valid
-    settings.
-    """
+    """Turn the cache for generation on, and make the settings valid, for as long as the model is written."""
     use_cache, generation = model.config.use_cache, getattr(model, "generation_config", None)
     model.config.use_cache = True
     if generation is not None:  # masked models generate nothing

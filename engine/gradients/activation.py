@@ -1,5 +1,4 @@
-"""Gradients for one chunk only: whole tensors through autograd as it is, cut tensors through sliced
-functions.
+"""Gradients of one chunk only: whole tensors by autograd as it is, cut tensors by sliced functions.
 
 While a chunk is active, every parameter outside it is frozen, so backpropagation stops below the lowest
 active layer. Identity, ties and state_dict keys of every parameter stay what they are;
@@ -34,8 +33,7 @@ class ActiveSlice:
     start: int
     stop: int
     tensor: Tensor
-    """1-D leaf of ``stop - start`` elements in the parameter's storage; ``tensor.grad`` is the range's
-    gradient.
+    """1-D leaf of ``stop - start`` elements in the parameter's storage; its ``grad`` is the range's gradient.
 
     It is the only place where the gradient lives: ``parameter.grad`` stays None.
     """
@@ -43,7 +41,7 @@ class ActiveSlice:
 
     @property
     def num_columns(self) -> int:
-        """Elements of the parameter's last dimension, 1 for a vector: the slice is a matrix with so many
+        """Length of the parameter's last dimension, 1 for a vector: the slice is a matrix with so many
         columns.
         """
         return matrix_shape(self.parameter.shape)[1]
@@ -58,9 +56,7 @@ class GradientWatcher(Protocol):
     """Whoever wants the gradients of parameters outside the active chunk, where they pass by anyway."""
 
     def watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
-        """Make a parameter trainable, and take its gradient whenever it is complete, until the handle is
-        removed.
-        """
+        """Make a parameter trainable, and take every complete gradient of it, until the handle is removed."""
 
 
 class Activation:
@@ -134,9 +130,7 @@ class Activation:
             parameter.requires_grad_(is_on)
 
     def _arrival(self, ordinal: int, active: ActiveSlice) -> Callable[[Tensor], None]:
-        """What happens when the slice's gradient is complete: all of a backward pass's contributions are in
-        it.
-        """
+        """Return what to do when all of a backward pass's contributions to the slice's gradient are there."""
 
         def arrived(_: Tensor) -> None:
             if self._on_gradient is not None:
@@ -181,8 +175,7 @@ def _become(parameter: nn.Parameter, kind: type[nn.Parameter]) -> None:
 
 
 def activate(model: nn.Module, chunk: Chunk, stream: ParameterStream | None = None) -> Activation:
-    """Make one chunk of ``model`` the only part with gradients; use as ``with activate(model, chunk) as
-    active:``.
+    """Make one chunk the only part of ``model`` with gradients: ``with activate(model, chunk) as active:``.
 
     Args:
         model: any module whose stream ``chunk`` was cut from.

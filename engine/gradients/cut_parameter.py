@@ -31,8 +31,8 @@ from chunkplan.engine.torch_internals import (
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Active rows [start, stop) of a cut parameter, the leaf for their gradient, the dense weight as a plain
-    tensor.
+    """Active rows [start, stop) of a cut parameter, their gradient's leaf, and the weight as a
+    plain tensor.
     """
 
     leaf: Tensor
@@ -63,9 +63,7 @@ class CutParameter(nn.Parameter):
 
 
 class CutTranspose(Tensor):
-    """A 3-D cut parameter with its matrices transposed, as experts are given to grouped_mm; its ``rows`` are
-    not.
-    """
+    """A 3-D cut parameter with its matrices transposed, as grouped products take it; its ``rows`` are not."""
 
     rows: RowRange
 
@@ -186,9 +184,7 @@ class _SlicedEmbedding(torch.autograd.Function):
 
 
 class _SlicedGroupedProduct(torch.autograd.Function):
-    """y = x Wₑ of each group e of x's rows, with dW of matrices [start, stop) only; ``weight`` may be
-    transposed.
-    """
+    """y = x Wₑ for each group e of rows, with dW of matrices [start, stop) only; maybe transposed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor, weight: Tensor, offsets: Tensor, start: int, stop: int) -> Tensor:
@@ -214,8 +210,8 @@ class _SlicedGroupedProduct(torch.autograd.Function):
 
 
 def _group_bounds(offsets: Tensor, start: int, stop: int, num_rows: int) -> tuple[int, int]:
-    """First row of group ``start`` and first row after group ``stop - 1``; all rows where values cannot be
-    read.
+    """Return the first rows of group ``start`` and after ``stop - 1``; all rows where values cannot
+    be read.
     """
     if offsets.device.type == "meta":
         return 0, num_rows
@@ -260,9 +256,7 @@ class _SlicedRows(torch.autograd.Function):
 
 
 def _scattered(dy: Tensor, ids: Tensor, active: tuple[int, int], padding_idx: int | None = None) -> Tensor:
-    """Gradient of a table's active rows [start, stop) from that of looked-up rows; the padding
-    row gets none.
-    """
+    """Return the gradient of a table's active rows [start, stop) from looked-up rows'; padding gets none."""
     start, stop = active
     num_rows = stop - start
     outside = (ids < start) | (ids >= stop)

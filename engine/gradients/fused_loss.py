@@ -23,7 +23,7 @@ _BLOCK_TOKENS = 128
 
 
 def block_tokens(vocab_size: int) -> int:
-    """Tokens per block: fp32 logits of 16 MiB, but at least 128 tokens, below which the weight's traffic
+    """Tokens per block: fp32 logits of 16 MiB, but at least 128, below which the weight's traffic
     dominates.
     """
     return max(_BLOCK_TOKENS, _BLOCK_BYTES // (4 * vocab_size))
@@ -36,16 +36,14 @@ def block_rows(vocab_size: int, num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a family does between the head's product and the softmax: logits → cap · tanh(scale · logits /
-    cap).
-    """
+    """What a family does between head and softmax: logits → cap · tanh(scale · logits / cap)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @staticmethod
     def of(config: Any) -> LogitTransform:
-        """Read from a transformers config (Gemma's ``final_logit_softcapping``, Cohere's and Granite's
+        """Return what a transformers config says (``final_logit_softcapping``, Cohere's and Granite's
         scales).
         """
         scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -72,9 +70,7 @@ class LogitTransform:
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """Token losses over ``denominator``; gradients are computed in forward, in blocks, and handed out in
-    backward.
-    """
+    """Token losses over ``denominator``, whose gradients are computed in forward, block by block."""
 
     @staticmethod
     def forward(
@@ -144,9 +140,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits [tokens, rows of weight] of one block, transformed, and what the transform's gradient
-    needs.
-    """
+    """Return a block's fp32 logits [tokens, rows of weight], transformed, and what their gradient needs."""
     logits = nn.functional.linear(hidden, weight, bias).float()
     return logits, transform.apply_(logits)
 
@@ -160,9 +154,7 @@ def _mm_into(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _softmax_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into probabilities in place; returns (log normaliser [tokens], summed loss of the counted
-    tokens).
-    """
+    """Turn logits into probabilities in place; return log normaliser [tokens] and summed loss."""
     valid = labels != IGNORE_INDEX
     index = labels.clamp_min(0).unsqueeze(1)
     at_label = logits.gather(1, index).squeeze(1)
@@ -176,9 +168,7 @@ def _softmax_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_gradient_(probabilities: Tensor, labels: Tensor, first_row: int, denominator: float) -> Tensor:
-    """(p − onehot) / denominator in place for vocabulary rows from ``first_row`` on; zero for
-    ignored tokens.
-    """
+    """Compute (p − onehot) / denominator in place for rows from ``first_row`` on; zero for ignored tokens."""
     num_rows = probabilities.shape[1]
     local = labels - first_row
     hit = (local >= 0) & (local < num_rows)
@@ -198,9 +188,7 @@ def _weight_gradient(
     rows: tuple[int, int],
     transform: LogitTransform,
 ) -> None:
-    """Gradient of vocabulary rows [start, stop), a block of rows at a time over all tokens: each row is one
-    product.
-    """
+    """Return the gradient of vocabulary rows [start, stop), each row as one product over all tokens."""
     start, stop = rows
     block = block_rows(weight.shape[0], hidden.shape[0])
     for first in range(start, stop, block):
@@ -221,8 +209,7 @@ def fused_linear_cross_entropy(
     bias: Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` against ``labels``: the counted tokens' sum over
-    ``denominator``.
+    """Return the cross-entropy of ``hidden @ weight.T`` and ``labels``, summed, over ``denominator``.
 
     Args:
         hidden: [tokens, hidden size], already shifted against the labels.

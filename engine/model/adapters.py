@@ -20,8 +20,7 @@ from chunkplan.engine.model.tasks import Task, task_of
 from chunkplan.engine.spec import LoraSpec
 
 _TASK_TYPES = {Task.CAUSAL: "CAUSAL_LM", Task.SEQ2SEQ: "SEQ_2_SEQ_LM"}
-"""peft's names, which decide the class that it wraps a model in; it has none for masked models and needs
-none."""
+"""peft's names, which decide the class that it wraps a model in; masked models have none and need none."""
 
 
 def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
@@ -60,8 +59,7 @@ def _add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Peft loads bitsandbytes wherever it is installed, in case a model were made of its layers; none of ours
-    is.
+    """Keep peft from loading bitsandbytes, which it does in case a model were made of its layers; none is.
 
     It takes 45 MB of host memory, which a plan would have to know of.
     """
@@ -81,9 +79,7 @@ def adapter_rate_factor(spec: LoraSpec, name: str) -> float:
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add every adapter to its weight and take the adapters out: the model is a plain one again, all of it
-    tuned.
-    """
+    """Add every adapter to its weight and take it out: the model is a plain one again, all of it tuned."""
     from peft.tuners.lora import LoraLayer
 
     for parent in list(model.modules()):

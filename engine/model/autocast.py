@@ -25,9 +25,7 @@ def autocast_kind(device: torch.device) -> str:
 
 
 def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Return the tensors in the data type that autocast gives to matrix products, unchanged
-    outside autocast.
-    """
+    """Return the tensors in autocast's data type for matrix products, unchanged outside autocast."""
     kind = autocast_kind(next(t for t in tensors if t is not None).device)
     if not torch.is_autocast_enabled(kind):
         return tensors

@@ -11,8 +11,7 @@ from chunkplan.engine.errors import InputError
 
 
 def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
-    """The lists of repeated blocks, in the order of the model: one for most, an encoder's and a decoder's for
-    some.
+    """Return the lists of repeated blocks, in the model's order: one, or an encoder's and a decoder's.
 
     A block is a module with parts, and a matrix in one of them; lists inside a block are its own business.
     """
@@ -55,8 +54,7 @@ class _HeadReached(Exception):
 
 
 def head_input(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """What the model's forward gives to its output projection, [batch, sequence, hidden size]; logits are
-    never built.
+    """Return what the head is given, [batch, sequence, hidden size]; logits are never built.
 
     Raises:
         InputError: the model has no linear head, or does not call it.

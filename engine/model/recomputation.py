@@ -1,5 +1,4 @@
-"""Activation checkpointing that keeps the truncation: only layers that backpropagation reaches are
-recomputed.
+"""Activation checkpointing that keeps the truncation: layers below the active chunk are not recomputed.
 
 Each chosen layer's ``forward`` is wrapped on the instance with torch's non-reentrant checkpoint.
 transformers' own ``gradient_checkpointing_enable()`` is not used: it forces gradients onto the embedding's

@@ -22,10 +22,9 @@ from chunkplan.engine.data.tokens import IGNORE_INDEX
 from chunkplan.engine.errors import InputError
 
 MASKED_SHARE = 0.15
-"""Of a row's trained tokens are predicted: BERT's share, arXiv 1810.04805, section 3.1."""
+"""Share of a row's trained tokens that are predicted, as for BERT (arXiv 1810.04805, section 3.1)."""
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
-"""Of the predicted tokens are replaced by the mask, and by a random token; the others are left as they are.
-"""
+"""Shares of the predicted tokens that the mask, and a random token, replaces; the others stay."""
 
 
 class Task(StrEnum):
@@ -179,8 +178,8 @@ class BatchPreparation:
         return {"input_ids": input_ids, "labels": labels, "attention_mask": _mask(lengths, input_ids.shape[1])}
 
     def _split(self, batch: dict[str, Tensor], lengths: Sequence[int]) -> dict[str, Tensor]:
-        """The encoder gets what stands before the first trained token, the decoder everything
-        from there on.
+        """Give the encoder what stands before the first trained token, the decoder everything from
+        there on.
         """
         prompts, answers, labels = [], [], []
         end = self._tokenizer.eos_token_id

@@ -24,7 +24,15 @@ from chunkplan.engine.optimizer.factored import FactoredUpdate
 from chunkplan.engine.optimizer.rounding import Noise, join, split, stochastic_round_
 from chunkplan.engine.optimizer.rules import DEFAULT_BETAS, RULES, HyperParameters, decay_
 from chunkplan.engine.optimizer.state_layout import MOMENT_SIGNS, StateLayout, StateTensor
-from chunkplan.engine.optimizer.state_transfer import WHOLE, BlockKey, ChunkStates, Lane, Passage, States, lane_for
+from chunkplan.engine.optimizer.state_transfer import (
+    WHOLE,
+    BlockKey,
+    ChunkStates,
+    Lane,
+    States,
+    StateTransfer,
+    lane_for,
+)
 from chunkplan.engine.spec import Master, Optimizer, ResolvedTraining, StateDtype
 from chunkplan.engine.stream.schedule import Visit
 
@@ -97,7 +105,7 @@ class ChunkOptimizer:
     def update(
         self, active: list[ActiveSlice], visit: Visit, learning_rate: float, loss_scale: float = 1.0
     ) -> float | None:
-        """Clip, update every slice, release its gradient. Returns the chunk's gradient norm, None without
+        """Clip, update every slice, release its gradient; return the chunk's gradient norm, None without
         clipping.
 
         Gradients are ``loss_scale`` times too large; the norm is not.
@@ -109,18 +117,16 @@ class ChunkOptimizer:
         # States that pass through travel from one slice to the next without a pause, where copies run beside
         # updates.
         is_shared = bool(with_gradient) and visit.is_first and visit.is_last and self.lane(active[0]).ahead > 0
-        passage = self.passage(with_gradient) if is_shared else None
+        transfer = self.transfer(with_gradient) if is_shared else None
         for ordinal, piece in with_gradient:
-            self.update_slice(ordinal, piece, passage)
-        if passage is not None:
-            passage.close()
+            self.update_slice(ordinal, piece, transfer)
+        if transfer is not None:
+            transfer.close()
         self.finish(active)
         return norm
 
     def skip(self, active: list[ActiveSlice], visit: Visit) -> None:
-        """Release the gradients without an update; the chunk's step count stays, its states leave when they
-        must.
-        """
+        """Release the gradients without an update: the step count stays, states leave when they must."""
         self.begin(visit, 0.0)
         self.chunks[visit.chunk_index].num_updates -= 1
         for piece in active:
@@ -138,7 +144,7 @@ class ChunkOptimizer:
         states.num_updates += 1
         states.last_update = visit.update
 
-    def passage(self, pieces: list[tuple[int, ActiveSlice]]) -> Passage:
+    def transfer(self, pieces: list[tuple[int, ActiveSlice]]) -> StateTransfer:
         """For the states of the slices (with their ordinals) in the update that has begun."""
         assert self._visit is not None
         wanted: dict[BlockKey, dict[str, StateTensor]] = {}
@@ -147,7 +153,7 @@ class ChunkOptimizer:
             wanted[ordinal, WHOLE] = layout.of_slice(*shape)
             wanted |= {(ordinal, begin): layout.of_block(size) for begin, size in layout.blocks(*shape)}
         first = pieces[0][1]
-        return Passage(
+        return StateTransfer(
             self.chunks[self._visit.chunk_index],
             self.config.layout(first.tensor),
             self.lane(first),
@@ -156,40 +162,38 @@ class ChunkOptimizer:
             passes_through=self._visit.is_first and self._visit.is_last,
         )
 
-    def update_slice(self, ordinal: int, piece: ActiveSlice, passage: Passage | None = None) -> None:
+    def update_slice(self, ordinal: int, piece: ActiveSlice, transfer: StateTransfer | None = None) -> None:
         """Update the slice's weights block by block, then release its gradient.
 
         Args:
             ordinal: of the slice within the chunk.
             piece: the slice; nothing happens when it has no gradient.
-            passage: by which its states come and go; default: one of its own.
+            transfer: by which its states come and go; default: one of its own.
         """
         gradient = piece.tensor.grad
         if gradient is None:
             return
         assert self._visit is not None
-        own = passage or self.passage([(ordinal, piece)])
+        own = transfer or self.transfer([(ordinal, piece)])
         rate = self._learning_rate * self._rate_factor(piece.name)
         _SliceUpdate(self, ordinal, piece, gradient, own, self._visit, rate).run()
-        if passage is None:
+        if transfer is None:
             own.close()
         del gradient
         piece.release_gradient()
 
     def finish(self, active: list[ActiveSlice]) -> None:
-        """All slices that got a gradient are updated: states of the others leave with the visit's last
-        update.
-        """
+        """End an update: the states of slices without a gradient leave with the visit's last update."""
         assert self._visit is not None
         visit, self._visit = self._visit, None
         states = self.chunks[visit.chunk_index]
         if not visit.is_last or not states.device:
             return
         layout, device = self.config.layout(active[0].tensor), active[0].tensor.device
-        passage = Passage(states, layout, self.lane(active[0]), {}, device, passes_through=False)
+        transfer = StateTransfer(states, layout, self.lane(active[0]), {}, device, passes_through=False)
         for key in list(states.device):
-            passage.leave(key)
-        passage.close()
+            transfer.leave(key)
+        transfer.close()
 
     @property
     def is_updating(self) -> bool:
@@ -221,7 +225,7 @@ class _SliceUpdate:
         ordinal: int,
         piece: ActiveSlice,
         gradient: Tensor,
-        passage: Passage,
+        transfer: StateTransfer,
         visit: Visit,
         rate: float,
     ) -> None:
@@ -230,7 +234,7 @@ class _SliceUpdate:
         self._visit, self._ordinal, self._rate = visit, ordinal, rate
         self._weight, self._gradient = piece.tensor.detach(), gradient
         self._num_columns = piece.num_columns
-        self._layout, self._passage = self._config.layout(self._weight), passage
+        self._layout, self._transfer = self._config.layout(self._weight), transfer
 
     @torch.no_grad()
     def run(self) -> None:
@@ -238,15 +242,15 @@ class _SliceUpdate:
         factored = self._factored() if self._config.rule is Optimizer.ADAFACTOR else None
         for begin, numel in self._layout.blocks(self._weight.numel(), self._num_columns):
             key = self._ordinal, begin
-            self._update_block(key, numel, self._passage.take(key), factored)
+            self._update_block(key, numel, self._transfer.take(key), factored)
             if self._visit.is_last:
-                self._passage.leave(key)
+                self._transfer.leave(key)
         if factored is not None and self._visit.is_last:
-            self._passage.leave((self._ordinal, WHOLE))
+            self._transfer.leave((self._ordinal, WHOLE))
 
     def _factored(self) -> FactoredUpdate:
         """Adafactor's update, from second moments of the whole slice."""
-        factors = self._passage.take((self._ordinal, WHOLE))
+        factors = self._transfer.take((self._ordinal, WHOLE))
         matrix = self._gradient.view(-1, self._num_columns)
         decay = 1.0 - self._states.num_updates**-0.8
         row, column = factors["row"].unsqueeze(1), factors["column"].unsqueeze(0)
@@ -279,9 +283,7 @@ class _SliceUpdate:
 
 
 def _moments(here: States, layout: StateLayout) -> list[Tensor]:
-    """A block's moments in fp32: the stored tensors themselves, or new ones; 8-bit ones fill
-    their last 256.
-    """
+    """Return a block's moments in fp32: the stored tensors, or new ones (8-bit ones fill their last 256)."""
     found = []
     for i, is_signed in enumerate(MOMENT_SIGNS[layout.rule]):
         stored = here[f"moment{i}"]
@@ -323,8 +325,7 @@ def _write_back(exact: Tensor, weight: Tensor, here: States, noise: Generator | 
 
 
 def clip_(active: list[ActiveSlice], max_norm: float | None, loss_scale: float = 1.0) -> float | None:
-    """Scale the active gradients in place so that their total norm is at most ``max_norm``; returns the norm
-    before.
+    """Scale the active gradients to a total norm of at most ``max_norm``; return the norm before.
 
     Both norms are those of the gradients divided by ``loss_scale``.
     """

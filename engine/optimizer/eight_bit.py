@@ -36,7 +36,7 @@ class Tables(NamedTuple):
     lower: Tensor
     """The largest level that is not above a bf16 number in [0, 1], by the number's bits; uint8."""
     chances: Tensor
-    """Of the number to be rounded up from there, in units of 2⁻¹⁵; int32."""
+    """Bits of the chance to be rounded up from there, in units of 2⁻¹⁵; int32."""
 
 
 @cache
@@ -73,8 +73,7 @@ def dequantise(codes: Tensor, scales: Tensor, is_signed: bool) -> Tensor:
 
 
 def quantise(exact: Tensor, codes: Tensor, scales: Tensor, is_signed: bool, noise: Generator | None) -> None:
-    """Write fp32 ``exact`` [numel], a multiple of 256 long, into uint8 ``codes`` [numel] and ``scales``
-    [numel / 256].
+    """Write fp32 ``exact`` [numel, a multiple of 256] as ``codes`` (uint8) and ``scales`` [numel / 256].
 
     ``exact`` is overwritten; ``noise`` decides which way values between two levels are rounded.
     """
@@ -87,9 +86,7 @@ def quantise(exact: Tensor, codes: Tensor, scales: Tensor, is_signed: bool, nois
 
 
 def _codes(normalised: Tensor, is_signed: bool, noise: Generator | None) -> Tensor:
-    """Rounds to bf16 first, then to a level: both at random and right on average. Draws 31 bits
-    per element.
-    """
+    """Round to bf16, then to a level, both at random and right on average; 31 bits are drawn per element."""
     _, lower, chances = tables(is_signed, normalised.device)
     bits = (normalised.abs() if is_signed else normalised).view(torch.int32)
     drawn = torch.empty_like(bits).random_(generator=noise)

@@ -74,8 +74,8 @@ class Expansion:
             moments.num_updates = int(state[f"count.{name}"])
 
     def watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
-        """Make the parameter trainable, and update it as soon as its gradient is complete: until the handle
-        is gone.
+        """Make the parameter trainable, and update it whenever its gradient is complete, until the handle is
+        gone.
         """
         parameter.requires_grad_(True)
         shape, moments = matrix_shape(parameter.shape), self.moments[name]

@@ -1,5 +1,4 @@
-"""Dynamic loss scaling: keeps small fp16 gradients from vanishing, and updates from taking those that
-overflowed.
+"""Dynamic loss scaling: small fp16 gradients do not vanish, and no update takes those that overflowed.
 
 The loss is multiplied by the scale, so gradients arrive scaled; they are divided again in fp32, where the
 update is computed. An overflow skips the update: its micro-batches and its place in the schedule are spent,

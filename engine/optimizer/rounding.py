@@ -1,5 +1,4 @@
-"""16-bit weights and their fp32 master: stochastic rounding, and the 16 bits that rounding to nearest leaves
-over.
+"""16-bit weights and their fp32 master: stochastic rounding, and the 16 bits that rounding leaves over.
 
 What stochastic rounding draws depends on the place and the update alone, not on what was drawn before: an
 update gives the same weights whenever in the step it happens.
@@ -15,7 +14,7 @@ from torch import Generator, Tensor
 _LOW_HALF = 2**16
 _FP16_DIGITS = 11
 _FP16_MIN_EXPONENT = -13
-"""Of torch.frexp, whose mantissa is in [0.5, 1), for fp16's smallest normal number."""
+"""Exponent of fp16's smallest normal number as torch.frexp counts it, whose mantissa is in [0.5, 1)."""
 _FP16_MAX = 65504.0
 
 
@@ -27,7 +26,7 @@ class Noise:
         self._generators: dict[torch.device, Generator] = {}
 
     def at(self, device: torch.device, *place: int | str) -> Generator | None:
-        """The generator on ``device``, set to the beginning of what belongs to this place; None where nothing
+        """Return the generator on ``device``, set to where this place's numbers begin; None where nothing
         runs.
         """
         if device.type == "meta":
@@ -39,8 +38,7 @@ class Noise:
 
 
 def stochastic_round_(exact: Tensor, noise: Generator | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Round fp32 to values of bf16 or fp16 in place, up or down, so that the mean is exact. Returns
-    ``exact``.
+    """Round fp32 ``exact`` in place to values of bf16 or fp16, up or down, so that the mean is exact.
 
     Beyond fp16's largest number, values become that number: nothing else could be right on average.
     """
@@ -54,9 +52,7 @@ def stochastic_round_(exact: Tensor, noise: Generator | None = None, dtype: torc
 
 
 def _stochastic_round_fp16_(exact: Tensor, noise: Generator | None) -> Tensor:
-    """In units of fp16's spacing, which below 2**-14 is that of the subnormals, every product
-    here is exact.
-    """
+    """Count in units of fp16's spacing, that of subnormals below 2**-14: every product here is exact."""
     exponent = torch.frexp(exact).exponent.clamp_(min=_FP16_MIN_EXPONENT)
     unit = torch.ldexp(torch.ones_like(exact), exponent.sub_(_FP16_DIGITS))
     exact.div_(unit)
@@ -69,15 +65,13 @@ def _stochastic_round_fp16_(exact: Tensor, noise: Generator | None) -> Tensor:
 
 
 def join(rounded: Tensor, residual: Tensor) -> Tensor:
-    """The fp32 master of a bf16 weight and its residual: their bit patterns, added. New tensor of the same
-    shape.
-    """
+    """Return the fp32 master of a bf16 weight and its residual: their bit patterns, added."""
     bits = rounded.view(torch.int16).to(torch.int32).mul_(_LOW_HALF).add_(residual)
     return bits.view(torch.float32)
 
 
 def split(exact: Tensor, rounded: Tensor, residual: Tensor) -> None:
-    """Round the fp32 master to nearest into ``rounded`` (bf16), and write what is left over into ``residual``
+    """Round the fp32 master to nearest into ``rounded`` (bf16); what is left over goes to ``residual``
     (int16).
 
     The difference of the bit patterns lies in [−2¹⁵, 2¹⁵], and 2¹⁵ itself, a tie that was rounded down to

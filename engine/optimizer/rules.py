@@ -18,7 +18,7 @@ from chunkplan.engine.spec import Optimizer
 
 @dataclass(frozen=True, slots=True)
 class HyperParameters:
-    """Of all rules; each takes what it knows."""
+    """Numbers that rules take, each those that it knows."""
 
     weight_decay: float = 0.0
     """Decoupled: the weights shrink by ``lr * weight_decay`` at every update."""

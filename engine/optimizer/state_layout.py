@@ -1,5 +1,4 @@
-"""What an optimizer keeps beside the weights of a slice: which tensors, how large, and where. Imports no
-torch.
+"""What an optimizer keeps beside a slice's weights: which tensors, how large, where. Imports no torch.
 
 The optimizer makes its tensors by this layout, and the planner adds up their sizes by it.
 """
@@ -69,7 +68,7 @@ class StateLayout:
         return StateLayout(training.optimizer, schedule.state_dtype, schedule.states, master)
 
     def blocks(self, numel: int, num_columns: int) -> list[tuple[int, int]]:
-        """(first element, number of elements) of the parts in which a slice is updated; only the last is
+        """Return (first element, number of elements) of the parts in which a slice is updated, the last
         smaller.
 
         Args:

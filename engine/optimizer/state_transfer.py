@@ -18,8 +18,7 @@ from torch import Tensor
 from chunkplan.engine.optimizer.state_layout import StateLayout, StateTensor, largest_tensors
 
 BlockKey = tuple[int, int]
-"""Ordinal of the slice within its chunk, and first element of the block within the slice; WHOLE: of all its
-blocks."""
+"""Ordinal of the slice in its chunk, and first element of the block; WHOLE: the slice, not a block."""
 WHOLE = -1
 States = dict[str, Tensor]
 """Tensors by name: ``moment0``, ``scale0``, …, ``row``, ``column``, ``residual``, ``master``."""
@@ -27,8 +26,8 @@ States = dict[str, Tensor]
 
 @dataclass(slots=True)
 class ChunkStates:
-    """One chunk's states: how often it was updated, the run's number of its last update, and its blocks'
-    states.
+    """Holds one chunk's states: its number of updates, the run's number of the last, and its
+    blocks' states.
     """
 
     num_updates: int = 0
@@ -45,8 +44,7 @@ class Lane:
         """How many blocks' states are brought before their turn."""
 
     def bring(self, copy: Callable[[], None], after: Any) -> Any:
-        """Copy in after all work that was started so far, and after the ticket ``after`` (of a copy out, or
-        None).
+        """Copy in after all work so far, and after the ticket ``after`` of a copy out (or None).
 
         Returns:
             A ticket to wait for.
@@ -54,9 +52,7 @@ class Lane:
         copy()
 
     def send(self, copy: Callable[[], None]) -> Any:
-        """Copy out after all work that was started so far; returns a ticket, after which earlier ones are
-        done too.
-        """
+        """Copy out after all work so far; return a ticket, after which earlier ones are done too."""
         copy()
 
     def wait(self, ticket: Any) -> None:
@@ -105,7 +101,7 @@ def lane_for(device: torch.device) -> Lane:
     return SideStreams(device) if device.type == "cuda" else Lane()
 
 
-class Passage:
+class StateTransfer:
     """The states of some slices during one update: they come block by block, and leave in the same way.
 
     Args:
@@ -142,8 +138,8 @@ class Passage:
         """Buffers that no block has now, and the copy out of each that a copy in must come after."""
 
     def take(self, key: BlockKey) -> States:
-        """A block's states, there for the work that is started next; those of the following are
-        on their way.
+        """Return a block's states, there for the work that starts next; the following blocks' are on their
+        way.
         """
         for due in (key, *self._following.get(key, ())):
             if due not in self._chunk.device:
@@ -205,9 +201,7 @@ class Passage:
 
 
 def host_like(tensor: Tensor) -> Tensor:
-    """Host memory for a state: pinned for a GPU; when the device is the CPU, pages outside
-    torch's allocator.
-    """
+    """Return host memory for a state: pinned for a GPU; on the CPU, pages outside torch's allocator."""
     if tensor.device.type == "cpu":
         pages = mmap.mmap(-1, max(tensor.numel() * tensor.element_size(), 1))
         return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel())

@@ -1,5 +1,4 @@
-"""The lock of a device, held by a trainer for as long as it lives: the whole device, or a share of its
-memory.
+"""The lock of a device, held by a trainer while it lives: the whole device, or a share of its memory.
 
 The kernel keeps it, so that it goes with the process however that ends. Who takes the whole device shuts out
 everybody; who takes a share is let in while all shares together fit. Beside the lock file, a folder holds one
@@ -30,9 +29,7 @@ class Share:
 
 
 def lock_device(path: Path, share: Share | None = None) -> list[IO[str]] | None:
-    """Hold a device for as long as the returned files are open; None when others hold it, or too
-    much of it.
-    """
+    """Hold a device while the returned files are open; return None when others hold it, or too much of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("w")
     if not _try_lock(lock, fcntl.LOCK_EX if share is None else fcntl.LOCK_SH):

@@ -14,8 +14,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Asks the run to checkpoint and stop: the first SIGTERM, or the death of the parent. A second SIGTERM
-    stops now.
+    """Asks the run to checkpoint and stop, at the first SIGTERM or the parent's death; the second stops now.
 
     The parent's death is told by SIGHUP, as often as the kernel likes: it sends one for every thread of the
     parent that dies before the last one, so it must never count as somebody's second wish.
@@ -41,9 +40,7 @@ class StopRequest:
 
 
 def stop_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGHUP when process ``parent`` dies (Linux), and make sure that it had not died
-    before.
-    """
+    """Ask the kernel (Linux) for SIGHUP when process ``parent`` dies; act as if, when it is dead already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:

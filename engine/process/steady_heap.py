@@ -1,5 +1,4 @@
-"""How a trainer's process uses the C library's heap (glibc): steadily, so that its resident memory can be
-planned.
+"""How a trainer's process uses glibc's heap: steadily, so that its resident memory can be planned.
 
 glibc moves its thresholds while a program runs, and keeps what was freed for later: blocks that do not fit
 the holes make the heap grow, and nobody can say by how much. Here every block of 256 KiB or more is mapped on
@@ -25,8 +24,7 @@ _SETTINGS = (
 
 
 def run_with_steady_heap() -> None:
-    """Begin this program anew, in the same process, with the settings in its environment, unless they are
-    there.
+    """Begin this program anew in the same process, with the settings in its environment, unless it has them.
 
     The C library reads them before anything else runs. Where it is another one, they mean nothing.
     """

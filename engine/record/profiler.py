@@ -39,9 +39,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Peaks of one phase of one step, bytes; seconds in it. One that ran repeatedly has its maxima and total
-    time.
-    """
+    """Peaks in bytes, and seconds, of one phase of a step: maxima and total time where it ran repeatedly."""
 
     phase: str
     allocated_bytes: int
@@ -65,9 +63,7 @@ class Sample:
 
 
 class CpuProfiler:
-    """Reads torch's CPU allocator through profiler memory events. Allocated is reserved: there is
-    no cache.
-    """
+    """Reads torch's CPU allocator by the profiler's memory events; without a cache, allocated is reserved."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -173,16 +169,12 @@ _highest_bytes = 0
 
 
 def process_peak_bytes() -> int:
-    """Highest resident memory of this process since it began, whatever was reset meanwhile; 0 where nobody
-    tells.
-    """
+    """Return this process's highest resident memory since it began, in bytes; 0 where nobody tells."""
     return max(_highest_bytes, host_peak_bytes())
 
 
 def reset_host_peak() -> None:
-    """Start the kernel's high-water mark of this process's resident memory anew (Linux; elsewhere it only
-    rises).
-    """
+    """Start the high-water mark of this process's resident memory anew (Linux; elsewhere it only rises)."""
     global _highest_bytes
     _highest_bytes = process_peak_bytes()
     try:

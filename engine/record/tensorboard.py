@@ -1,6 +1,4 @@
-"""A run's events as TensorBoard scalars, in RUN/tensorboard: look at them with ``tensorboard
---logdir RUN``.
-"""
+"""A run's events as TensorBoard scalars, in RUN/tensorboard: ``tensorboard --logdir RUN`` shows them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from chunkplan.engine.spec.choices import (
 )
 from chunkplan.engine.spec.refusals import (
     REFUSALS,
-    Refusal,
+    RefusedPair,
     refusal_of,
 )
 from chunkplan.engine.spec.request import (
@@ -78,7 +78,7 @@ __all__ = [
     "Order",
     "OutputSpec",
     "Precision",
-    "Refusal",
+    "RefusedPair",
     "ResolvedJobTraining",
     "ResolvedSchedule",
     "ResolvedTraining",

@@ -1,6 +1,4 @@
-"""What every spec is made of, and how a value becomes one: models, choices by name, parsing,
-names of fields.
-"""
+"""What specs are made of, and how a value becomes one: models, choices by name, parsing, fields' names."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from chunkplan.engine.errors import InputError
 
 
 class SpecModel(BaseModel):
-    """Base of every request model: unknown fields and values of another type are errors, instances are
-    immutable.
+    """Base of every request: unknown fields and values of another type are errors, instances immutable.
 
     The line under a field is its description wherever the field is shown: in ``--help`` and in the API's
     document.

@@ -35,8 +35,8 @@ class DatasetSpec(SpecModel):
     file_id: str | None = None
     format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of rows held out for evaluation, from the end of a seeded shuffle; default 0.05, and 0 where
-    there is validation data.
+    """Share of rows held out to evaluate on, from the end of a seeded shuffle; default 0.05, or 0 with
+    validation data.
     """
     validation_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Rows of a file of their own to evaluate on, in the same format, instead of a share of the others."""

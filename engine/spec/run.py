@@ -11,9 +11,7 @@ from chunkplan.engine.spec.training import AskedJobTraining
 
 
 class RunSpec(SpecModel):
-    """One resolved job as the engine runs it (the worker's job.json): local paths, a fixed schedule, a
-    device.
-    """
+    """One resolved job as the engine runs it, the worker's job.json: local paths, a schedule, a device."""
 
     job_id: str
     name: str

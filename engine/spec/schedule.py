@@ -26,21 +26,17 @@ class ScheduleSpec(SpecModel):
     switch_every: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     """Optimizer updates per visit of a chunk."""
     states: Literal["keep", "reset"] = "keep"
-    """Optimizer states between visits: ``keep`` in host memory, or ``reset``, which starts from zero every
-    time.
-    """
+    """Optimizer states between visits: ``keep`` in host memory, or ``reset`` to zero every time."""
     state_dtype: StateDtype | None = None
-    """How states are stored: fp32, bf16 or int8, rounded stochastically; default fp32, with ``adamw8bit``
-    int8.
+    """How states are stored: fp32, bf16 or int8 (rounded stochastically); default fp32, int8 with
+    adamw8bit.
     """
     master: Master = Master.NONE
     """What bf16 weights lack: ``none``, rounded stochastically; an ``fp32`` copy while a chunk is visited; or
     its low 16 bits kept on the host for ever, ``residual``.
     """
     expansion: Literal["none", "factored"] = "none"
-    """``factored``: parameters above the active chunk take a step too, in backward, with factored second
-    moments.
-    """
+    """``factored``: parameters above the active chunk take a step too, in backward, with factored moments."""
 
     def resolved(self, optimizer: Optimizer, *, has_one_chunk: bool) -> ResolvedSchedule:
         """Return the schedule with everything decided.

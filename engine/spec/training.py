@@ -1,6 +1,4 @@
-"""The training spec: everything about a step that decides its memory and its time, and what a job
-adds to it.
-"""
+"""The training spec: all that decides a step's memory and time, and what a job adds to it."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from chunkplan.engine.spec.step import StepSpec
 
 
 class LoraSpec(SpecModel):
-    """Low-rank adapters (arXiv 2106.09685): y = W x + alpha / rank · B A x, where only A and B are trained,
-    in fp32.
-    """
+    """Low-rank adapters (arXiv 2106.09685): y = W x + alpha / rank · B A x, of which A and B are trained."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the adapters."""
@@ -133,8 +129,7 @@ class JobTraining(TrainingSpec):
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-5
     """Learning rate at its highest."""
     expansion_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Learning rate of parameters outside the active chunk, with ``expansion: factored``; default a third of
-    ``learning_rate``."""
+    """Learning rate of what ``expansion`` updates; default a third of ``learning_rate``."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate falls: constant, linear or cosine."""
     lr_schedule_by: Literal["cycle", "update"] = "cycle"
@@ -154,9 +149,7 @@ class JobTraining(TrainingSpec):
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     """Updates between checkpoints; default one cycle."""
     checkpoints_to_keep: Annotated[int, Field(ge=1, le=1000)] = 2
-    """How many of the newest stay while the job runs; when it has succeeded, the exported model is what
-    stays.
-    """
+    """How many of the newest stay while the job runs; after success the exported model is what stays."""
 
     @model_validator(mode="after")
     def _one_length(self) -> JobTraining:

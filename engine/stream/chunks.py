@@ -21,8 +21,7 @@ from chunkplan.engine.errors import InputError
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return (rows, columns) of a parameter seen as one matrix: its columns are the last dimension, a vector
-    has one.
+    """Return (rows, columns) of a parameter as one matrix: columns are its last dimension, one for a vector.
 
     Second moments are factored that way, and slices are updated in whole rows of it.
     """

@@ -9,7 +9,7 @@ from chunkplan.engine.stream.chunks import partition as partition_parameters
 
 
 class ParameterStream:
-    """The model's unique parameters (tied weights once) in ``named_parameters()`` order, as one sequence of
+    """A model's unique parameters (tied ones once), in ``named_parameters()`` order, as one sequence of
     bytes.
 
     Args:
@@ -36,7 +36,5 @@ class ParameterStream:
         return sum(info.num_bytes for info in self.infos)
 
     def partition(self, num_chunks: int) -> list[Chunk]:
-        """Cut the stream into chunks; see :func:`chunkplan.engine.stream.chunks.partition` for the rules and
-        errors.
-        """
+        """Cut the stream into chunks, by the rules of :func:`chunkplan.engine.stream.chunks.partition`."""
         return partition_parameters(self.infos, num_chunks)

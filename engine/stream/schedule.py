@@ -1,6 +1,4 @@
-"""Which chunk is active at which optimizer update, and at which rate: pure functions of the
-update's number.
-"""
+"""Which chunk is active at which update, and at which rate: pure functions of the update's number."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A chunk schedule: its position is one integer, the number of the update, so nothing else needs to be
-    saved.
-    """
+    """A chunk schedule, whose position is one integer, the number of the update: nothing else is saved."""
 
     num_chunks: int
     order: Order = Order.DESCENDING
@@ -44,9 +40,7 @@ class Schedule:
         return self.num_chunks * self.switch_every
 
     def cycle_order(self, cycle: int) -> list[int]:
-        """Chunk indices in the order in which the given cycle visits them; random orders are new in every
-        cycle.
-        """
+        """Return chunk indices in the order in which a cycle visits them; random orders differ by cycle."""
         indices = list(range(self.num_chunks))
         if self.order is Order.DESCENDING:
             indices.reverse()

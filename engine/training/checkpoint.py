@@ -48,8 +48,8 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where training goes on: after update ``step``, with its notes; a sentence per checkpoint
-    passed over.
+    """Says where training goes on, after update ``step`` with its notes, and which checkpoints were passed
+    over.
     """
 
     step: int
@@ -60,8 +60,7 @@ class Resumed:
 def save_checkpoint(
     tuner: ChunkFT, folder: Path, fingerprint: str, notes: dict[str, Any], keep: int = 2
 ) -> SavedCheckpoint:
-    """Write the tuner's state after its last update as ``folder/step-XXXXXXXX``; remove older ones beyond
-    ``keep``.
+    """Write the tuner's state as ``folder/step-XXXXXXXX``; remove older checkpoints beyond ``keep``.
 
     Args:
         tuner: between two updates.
@@ -114,8 +113,7 @@ def save_checkpoint(
 
 
 def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
-    """Load the newest checkpoint that is whole into a tuner built on the base model; step 0 when there is
-    none.
+    """Load the newest whole checkpoint into a tuner built on the base model; step 0 when there is none.
 
     Raises:
         CheckpointError: the newest whole checkpoint belongs to another run.
@@ -145,9 +143,7 @@ def resume(tuner: ChunkFT, folder: Path, fingerprint: str) -> Resumed:
 
 
 def _changed_chunks(tuner: ChunkFT) -> list[tuple[int, ChunkStates]]:
-    """The chunks whose weights differ from the base model's; with expansion all do, and all
-    changed just now.
-    """
+    """Return the chunks whose weights differ from the base model's: with expansion all, just now."""
     chunks = tuner.optimizer.chunks
     if tuner.expansion is None:
         return sorted(chunks.items())

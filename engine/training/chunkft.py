@@ -45,12 +45,9 @@ from chunkplan.engine.training.step import (
 _OF_A_JOB = {"method", "seq_len", "micro_batch_size", "gradient_accumulation_steps"}
 _OF_THE_MODEL = {"precision", "attention", "lora"}
 _NO_OPTIONS = _OF_A_JOB | _OF_THE_MODEL | {"schedule"}
-"""Fields of a training spec that a loop of one's own decides by its batches and its model: all others are
-options."""
+"""Fields of a training spec that a loop of one's own decides by its batches and model; others are options."""
 _DEFAULTS: dict[str, Any] = {"activation_checkpointing": "none"}
-"""Where the default of an option is another one than a job's: a model is left as it is unless asked
-otherwise.
-"""
+"""Defaults that differ from a job's: a model is left as it is unless asked otherwise."""
 
 
 def options() -> dict[str, FieldInfo]:
@@ -116,7 +113,7 @@ class ChunkFT:
         seed: int = 0,
         observer: Observer | None = None,
     ) -> Self:
-        """Return the tuner that a training spec asks for; with method ``lora``, of a model that has its
+        """Return the tuner that a training spec asks for; with method ``lora``, the model has its
         adapters.
         """
         tuner, training = cls.__new__(cls), training.resolved()
@@ -231,8 +228,7 @@ class ChunkFT:
             self._has_expanded = is_last
 
     def step(self) -> float | None:
-        """Update the active chunk, and move on when the next one is due. Returns the gradient norm before
-        clipping.
+        """Update the active chunk, move on when it is time, and return the gradient norm before clipping.
 
         In fp16, gradients that overflowed skip the update: :attr:`was_skipped` says so, and there is no norm.
         """

@@ -27,9 +27,7 @@ def _digest(parameter: Tensor) -> int:
 
 
 def parameter_digests(model: nn.Module) -> dict[str, int]:
-    """Digest of every unique parameter that can be trained, by name: frozen ones, under adapters, are left
-    out.
-    """
+    """Return a digest of every unique parameter that can be trained, by name: not of frozen ones."""
     return {name: _digest(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

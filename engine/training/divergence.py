@@ -17,8 +17,7 @@ MIN_HELD_OUT_TOKENS = 200
 
 
 class LossWatch:
-    """Sees when the loss has been more than :data:`MARGIN` above the beginning for :data:`PATIENCE` updates
-    in a row.
+    """Sees a loss more than :data:`MARGIN` above the beginning's for :data:`PATIENCE` updates in a row.
 
     The beginning is the held-out loss before training, or else the median of the first eight updates' losses.
     As the latter may already have gone wrong, it counts for no more than ln(vocabulary), the loss of

@@ -69,9 +69,7 @@ def prepared(model: nn.Module, options: StepSpec) -> Iterator[None]:
 
 
 def compute_loss(model: nn.Module, batch: Mapping[str, Tensor], denominator: float, options: StepSpec) -> Tensor:
-    """The task's loss of a batch (see :mod:`chunkplan.engine.model.tasks`): sum over counted tokens /
-    ``denominator``, a scalar.
-    """
+    """Return the task's loss of a batch: summed over counted tokens, over ``denominator``; a scalar."""
     with autocasting(options.autocast, batch["labels"].device):
         return _compute_loss(model, batch, denominator, options)
 
@@ -100,8 +98,8 @@ def forward_backward(
     options: StepSpec,
     observer: Observer,
 ) -> Tensor:
-    """One micro-batch: forward, then backward into the active chunk's leaves. Returns the detached loss, a
-    scalar.
+    """Run forward and backward of one micro-batch into the active leaves; return the detached loss,
+    a scalar.
     """
     with observer.phase("forward"):
         loss = compute_loss(model, batch, denominator, options)
@@ -126,8 +124,7 @@ def evaluate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options:
 
 
 def check_fused_loss(model: nn.Module) -> None:
-    """Compare fused and own loss of the model on a few tokens, so that an unknown family cannot train on a
-    wrong loss.
+    """Compare the fused loss with the model's own on a few tokens: an unknown family cannot train wrongly.
 
     Raises:
         InputError: they differ.

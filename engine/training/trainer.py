@@ -61,7 +61,7 @@ class Diverged(RuntimeError):
 
 
 @dataclass(slots=True)
-class Evaluation:
+class HeldOutLoss:
     """Held-out loss at a step."""
 
     step: int
@@ -85,7 +85,7 @@ class Trainer:
         self.run_dir = run_dir
         self.report = report
         self.stop_requested = stop_requested
-        self.evaluations: list[Evaluation] = []
+        self.evaluations: list[HeldOutLoss] = []
         self.loss_sums = [(0.0, 0)] * _NUM_LOSS_SPANS
         self.peak_allocated_bytes = 0
         self.first_step = 0
@@ -192,7 +192,7 @@ class Trainer:
             self.report(WarningEvent(detail=f"checkpoint passed over: {sentence}"))
         if resumed.step:
             notes = resumed.notes
-            self.evaluations = [Evaluation(*pair) for pair in notes["evaluations"]]
+            self.evaluations = [HeldOutLoss(*pair) for pair in notes["evaluations"]]
             self.peak_allocated_bytes = notes["peak_allocated_bytes"]
             self.loss_watch.restore(notes["loss_watch"])
             self.loss_sums = [(total, count) for total, count in notes["loss_sums"]]
@@ -279,7 +279,7 @@ class Trainer:
             raise Diverged(f"held-out loss is {loss} after update {step}; {self._advice()}")
         if step == 0:
             self.loss_watch.begin(loss, num_tokens)
-        self.evaluations.append(Evaluation(step, loss))
+        self.evaluations.append(HeldOutLoss(step, loss))
         perplexity = math.exp(min(loss, 700.0))
         self.report(
             EvalEvent(
@@ -292,9 +292,7 @@ class Trainer:
         )
 
     def _held_out_batches(self, held_out: Sequence[Example], samples: list[Sample]) -> Iterator[dict[str, Tensor]]:
-        """Each within a window of the record that is open while its loss is computed; leaves the phase's
-        sample.
-        """
+        """Yield batches, each within an open window of the record; leave the phase's sample."""
         size = self.training.micro_batch_size
         for i in range(0, len(held_out), size):
             with self.profiler.step(), self.profiler.phase("evaluation"):

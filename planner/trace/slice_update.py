@@ -62,9 +62,9 @@ def trace_update(
     states = optimizer.chunks[0] = ChunkStates()
     optimizer.begin(Visit(0, 0, 0, is_first=comes, is_last=leaves), 1e-3)
     _fill(states, StateLayout.of(training, schedule), numel, num_columns, on_device=not comes)
-    passage = optimizer.passage([(0, piece)]) if is_shared else None
+    transfer = optimizer.transfer([(0, piece)]) if is_shared else None
     mode = MemoryTrace(device_kind, known)
-    for buffer, _ in passage.spare if passage else []:
+    for buffer, _ in transfer.spare if transfer else []:
         for tensor in buffer.values():
             mode.ignore(tensor)
     for tensor in (
@@ -82,7 +82,7 @@ def trace_update(
         mode.enter_segment("clip", EMBED)
         clip_([piece], 1.0, optimizer.loss_scale)
         mode.enter_segment("optimizer", EMBED)
-        optimizer.update_slice(0, piece, passage)
+        optimizer.update_slice(0, piece, transfer)
         mode.enter_segment("end", EMBED)
     categories = {0: _GRADIENTS} | dict.fromkeys(states.device.blocks, _STATES)
     found = tuple(Block(size, categories.get(i, _WORKSPACE)) for i, size in enumerate(mode.sizes))

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from chunkplan.engine.data import check_dataset, readers
-from chunkplan.engine.data.rows import Conversation, Message, Passage, RowReader
+from chunkplan.engine.data.rows import Conversation, Message, RawText, RowReader
 from chunkplan.engine.errors import InputError
 
 ROWS = {
@@ -161,4 +161,4 @@ def test_parquet_chats_keep_their_turns(tmp_path):
 def test_a_passage_of_a_row_is_not_a_running_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n')
-    assert next(iter(RowReader(path))).content == Passage("", "a", is_running=False)
+    assert next(iter(RowReader(path))).content == RawText("", "a", is_running=False)

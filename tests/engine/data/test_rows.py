@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from chunkplan.engine.data import check_dataset
-from chunkplan.engine.data.rows import Conversation, Message, Passage, RowReader
+from chunkplan.engine.data.rows import Conversation, Message, RawText, RowReader
 from chunkplan.engine.errors import InputError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -22,8 +22,8 @@ def write(path, *rows):
     ("row", "format", "content"),
     [
         (CHAT, "messages", Conversation((Message("user", "hi"), Message("assistant", "hello")))),
-        ({"prompt": "a", "completion": "b"}, "prompt_completion", Passage("a", "b")),
-        ({"text": "a", "id": 7}, "text", Passage("", "a")),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion", RawText("a", "b")),
+        ({"text": "a", "id": 7}, "text", RawText("", "a")),
         (
             {"instruction": "add", "input": "1 2", "output": "3"},
             "instruction",

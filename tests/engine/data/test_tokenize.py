@@ -2,7 +2,7 @@
 
 import pytest
 
-from chunkplan.engine.data.rows import Conversation, Message, Passage
+from chunkplan.engine.data.rows import Conversation, Message, RawText
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder
 from tests.tiny import tiny_tokenizer
 
@@ -105,6 +105,6 @@ def test_a_refused_conversation_says_why():
 
 
 def test_raw_text_trains_the_completion_and_the_end():
-    assert trained_runs(Passage("title: ", "welder")) == [" welder<|im_end|>"]  # one token stands for both sides
-    assert trained_runs(Passage("title:", " welder")) == [" welder<|im_end|>"]
-    assert trained_runs(Passage("", "the welder")) == ["the welder<|im_end|>"]
+    assert trained_runs(RawText("title: ", "welder")) == [" welder<|im_end|>"]  # one token stands for both sides
+    assert trained_runs(RawText("title:", " welder")) == [" welder<|im_end|>"]
+    assert trained_runs(RawText("", "the welder")) == ["the welder<|im_end|>"]
