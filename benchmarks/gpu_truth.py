@@ -94,7 +94,7 @@ def grid(models: tuple[str, ...]) -> Iterator[Case]:
                         "attention": "eager" if model.startswith("gemma") else "sdpa",
                         "schedule": {"num_chunks": num_chunks, "switch_every": 2 if num_chunks == 1 else 1},
                     }  # fmt: skip
-                    yield Case(model, TrainingSpec.model_validate(training))
+                    yield Case(model, TrainingSpec.model_validate(training).resolved())
 
 
 @dataclass

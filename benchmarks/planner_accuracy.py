@@ -135,7 +135,7 @@ def case(model: str, num_chunks: int = 6, switch_every: int = 1, states: str = "
     schedule = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states, **kept}
     changes = {"num_chunks": num_chunks, "switch_every": switch_every, "states": states, **training}
     name = " ".join([model, *(f"{key}={value}" for key, value in changes.items())])
-    return Case(name, model, TrainingSpec.model_validate({**asked, "schedule": schedule}))
+    return Case(name, model, TrainingSpec.model_validate({**asked, "schedule": schedule}).resolved())
 
 
 def grid() -> Iterator[Case]:

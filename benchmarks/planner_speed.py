@@ -66,9 +66,9 @@ _FURTHER = """
 import statistics, time
 from chunkplan.engine.spec import parse
 from chunkplan.planner import PlanRequest
-from chunkplan.planner.answers.plan import Planner
+from chunkplan.planner.search.evaluator import Evaluator
 request = parse(PlanRequest, {"model": "llama-3-8b", "gpu": "h200"})
-planner, training = Planner(request), request.training
+planner, training = Evaluator(request), request.training
 schedules = [training.schedule.model_copy(update={"num_chunks": n}) for n in (8, 16, 32)]
 for schedule in schedules:
     planner.evaluate(training, schedule)
@@ -84,8 +84,9 @@ _AUTO = """
 import time
 from chunkplan.engine.spec import parse
 from chunkplan.planner import PlanRequest, plan
-from chunkplan.planner.answers.plan import Planner
-from chunkplan.planner.search.choose import candidates, choose
+from chunkplan.planner.search.evaluator import Evaluator
+from chunkplan.planner.search.choose import choose
+from chunkplan.planner.search.front import candidates
 request = parse(PlanRequest, {"model": "llama-3-8b", "gpu": "h200", "training": {"schedule": "auto"}})
 wall, cpu = time.perf_counter(), time.process_time()
 plan(request)
@@ -93,7 +94,7 @@ first = time.perf_counter() - wall, time.process_time() - cpu
 wall = time.perf_counter()
 plan(request)
 again = time.perf_counter() - wall
-planner = Planner(request)
+planner = Evaluator(request)
 print(*first, again, len(candidates(planner, choose(planner))))
 """
 

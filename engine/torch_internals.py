@@ -39,6 +39,7 @@ __all__ = [
     "holders",
     "prepare_profiler",
     "storage_key",
+    "torch_grouped_product",
     "tree_any",
     "tree_map",
     "tree_map_only",
@@ -53,12 +54,20 @@ without_subclasses = torch._C.DisableTorchFunctionSubclass
 """Context in which tensors of a class of their own are plain ones."""
 DIFFERENTIABLE_GETTERS = {vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH")}
 """Getters of a tensor's attributes that autograd records."""
-grouped_product: Callable[..., Tensor] = torch._grouped_mm
-"""Product of groups of rows with a matrix each: what mixtures of experts compute."""
+torch_grouped_product: Callable[..., Tensor] = torch._grouped_mm
+"""Product of groups of rows with a matrix each, which mixtures of experts compute, as torch has it."""
 fused_attention_choice: Callable[..., int] = torch._fused_sdp_choice
 """Number of the kernel (:class:`torch.nn.attention.SDPBackend`) that attention takes."""
 storage_key: Callable[[Any], int] = attrgetter("_cdata")
 """Identity of a storage, for as long as it lives."""
+
+
+def grouped_product(*arguments: Any, **named: Any) -> Tensor:
+    """Return what :data:`torch_grouped_product` does, or whatever stands in its place while a
+    step is traced.
+    """
+    result: Tensor = torch._grouped_mm(*arguments, **named)
+    return result
 
 
 def holders(tensor: Tensor) -> tuple[int, int]:

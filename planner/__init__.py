@@ -6,7 +6,8 @@
 Imports no torch; tracing a new block does, later and only then.
 """
 
-from chunkplan.planner.answers.plan import plan, timeline
+from chunkplan.planner.answers.plan import plan
+from chunkplan.planner.answers.timeline import timeline
 from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest, Timeline
 
 __all__ = ["GpuSpec", "Plan", "PlanRequest", "Timeline", "plan", "timeline"]

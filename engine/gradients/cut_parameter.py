@@ -24,6 +24,7 @@ from chunkplan.engine.model.autocast import autocast_operands
 from chunkplan.engine.torch_internals import (
     DIFFERENTIABLE_GETTERS,
     grouped_product,
+    torch_grouped_product,
     tree_map,
     without_subclasses,
 )
@@ -349,7 +350,7 @@ _SLICED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.linear: _linear,
     F.embedding: _embedding,
     torch.addmm: _addmm,
-    grouped_product: _grouped_mm,
+    torch_grouped_product: _grouped_mm,
     torch.bmm: _bmm,
     torch.matmul: _bmm,
     torch.Tensor.bmm: _bmm,

@@ -1,21 +1,20 @@
-"""Questions the other way round: the largest batch or length that fits; what a device holds, and what holds a
-model.
+"""The largest batch or length that fits.
 
 Imports no torch, like every other plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import ScheduleSpec, TrainingSpec, default_schedule
-from chunkplan.planner.answers.plan import MAX_MICRO_BATCH_TOKENS, Outline, Planner, plan
-from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model, gpus, models
-from chunkplan.planner.search.choose import AUTO_CHUNKS, explain
-from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest, Result
+from chunkplan.engine.spec import ResolvedSchedule, TrainingSpec, default_schedule
+from chunkplan.planner.answers.plan import plan
+from chunkplan.planner.catalog import ModelEntry
+from chunkplan.planner.search.alternatives import explain
+from chunkplan.planner.search.evaluator import MAX_MICRO_BATCH_TOKENS, Evaluator, Outline
+from chunkplan.planner.search.schedules import AUTO_CHUNKS
+from chunkplan.planner.spec import Plan, PlanRequest, Result
 
 Grown = Literal["seq_len", "micro_batch_size"]
 STEPS: dict[Grown, int] = {"seq_len": 64, "micro_batch_size": 1}
@@ -35,22 +34,6 @@ class Largest(Result):
     """Why it is not larger, in one sentence."""
 
 
-class Fit(Result):
-    """One model on one device: whether it fits, with what schedule, or why not."""
-
-    model: str
-    gpu: str
-    num_parameters: int | None
-    fits: bool
-    upper_bytes: int | None
-    """Of the plan; None where none was made: the weights alone are too large, or the model is refused."""
-    capacity_bytes: int
-    step_seconds: float | None
-    num_chunks: int | None
-    why: str
-    """Empty when it fits."""
-
-
 def largest(request: PlanRequest, field: Grown) -> Largest:
     """The largest ``seq_len`` or ``micro_batch_size`` with which the request fits; all else stays as it is.
 
@@ -66,7 +49,7 @@ class _Growth:
         self._request = request
         self._field: Grown = field
         self._step = STEPS[field]
-        self._planner = Planner(request)
+        self._evaluator = Evaluator(request)
         self._most, self._most_why = self._ceiling()
         self._critical: set[int] = set()
         self._slack_bytes = 0
@@ -106,23 +89,23 @@ class _Growth:
 
     def _seems_to_fit(self, value: int) -> bool:
         training, schedule = self._training(value), self._schedule()
-        footprints = self._planner.footprints(training)
+        footprints = self._evaluator.footprints(training)
         chunks = footprints.chunks(schedule.num_chunks)
         peak = max(footprints.of_chunk(chunks[index], schedule).peak_bytes for index in self._critical)
         footprints.store.save()
-        return self._planner.least_upper_bytes(training, schedule, peak) + self._slack_bytes <= self._capacity_bytes
+        return self._evaluator.least_upper_bytes(training, schedule, peak) + self._slack_bytes <= self._capacity_bytes
 
     def _is_planned_to_fit(self, value: int) -> bool:
         outline = self._outline(value)
         self._learn(outline)
         if outline.least_upper_bytes > self._capacity_bytes:
             return False
-        peak = self._planner.complete(outline).peak
+        peak = self._evaluator.complete(outline).peak
         self._slack_bytes = peak.upper_bytes - outline.least_upper_bytes
         return peak.upper_bytes <= self._capacity_bytes
 
     def _outline(self, value: int) -> Outline:
-        return self._planner.outline(self._training(value), self._schedule())
+        return self._evaluator.outline(self._training(value), self._schedule())
 
     def _learn(self, outline: Outline) -> None:
         self._critical.add(max(outline.chunks, key=lambda chunk: chunk.peak_bytes).chunk.index)
@@ -132,23 +115,23 @@ class _Growth:
             self._trainings[value] = self._request.training.model_copy(update={self._field: value})
         return self._trainings[value]
 
-    def _schedule(self) -> ScheduleSpec:
+    def _schedule(self) -> ResolvedSchedule:
         training = self._request.training
         if training.schedule != "auto":
-            return training.schedule
+            return training.resolved().schedule
         return default_schedule(training.optimizer, AUTO_CHUNKS if training.method == "chunkft" else 1)
 
     @property
     def _capacity_bytes(self) -> int:
-        return self._planner.capacity_bytes
+        return self._evaluator.capacity_bytes
 
     def _why_not(self, value: int) -> str:
-        evaluation = self._planner.complete(self._outline(value))
+        evaluation = self._evaluator.complete(self._outline(value))
         lacking = evaluation.peak.upper_bytes - self._capacity_bytes
-        return f"{self._field} {value} lacks {lacking} bytes; {explain(self._planner, evaluation)}"
+        return f"{self._field} {value} lacks {lacking} bytes; {explain(self._evaluator, evaluation)}"
 
     def _answer(self, value: int, limit: str) -> Largest:
-        training = self._training(value or self._step).model_copy(update={"schedule": self._schedule()})
+        training = self._training(value or self._step).resolved(self._schedule())
         request = self._request.model_copy(update={"training": training})
         return Largest(field=self._field, value=value, step=self._step, plan=plan(request), limit=limit)
 
@@ -156,7 +139,7 @@ class _Growth:
         training = self._request.training
         other = training.micro_batch_size if self._field == "seq_len" else training.seq_len
         most, why = MAX_MICRO_BATCH_TOKENS // other, f"plans end at {MAX_MICRO_BATCH_TOKENS} tokens per micro-batch"
-        positions = _positions(self._planner.model)
+        positions = _positions(self._evaluator.model)
         if self._field == "seq_len" and positions is not None and positions < most:
             most, why = positions, f"the model has {positions} positions"
         if most < self._step:
@@ -171,63 +154,3 @@ def _positions(model: ModelEntry) -> int | None:
             if isinstance(config.get(key), int):
                 return int(config[key])
     return None
-
-
-@dataclass(frozen=True)
-class _Question:
-    model: ModelEntry
-    gpu: GpuSpec
-    training: TrainingSpec
-
-
-def models_for(gpu: str | GpuSpec, training: TrainingSpec, num_fitting: int) -> Iterator[Fit]:
-    """Catalog models on a device, the largest first, until ``num_fitting`` of them fit."""
-    device = find_gpu(gpu)
-    known = sorted(
-        (entry for entry in models() if entry.num_parameters), key=lambda entry: -(entry.num_parameters or 0)
-    )
-    yield from _until(known, num_fitting, lambda entry: _fit(_Question(entry, device, training)))
-
-
-def gpus_for(model: str, training: TrainingSpec, num_fitting: int) -> Iterator[Fit]:
-    """Catalog devices for a model, the smallest first, until ``num_fitting`` of them hold it."""
-    entry = find_model(model)
-    known = sorted((gpu for gpu in gpus() if gpu.kind in ("cuda", "rocm")), key=lambda gpu: gpu.memory_bytes)
-    yield from _until(known, num_fitting, lambda gpu: _fit(_Question(entry, gpu, training)))
-
-
-def _until(asked: Sequence[object], num_fitting: int, answer: Callable[..., Fit]) -> Iterator[Fit]:
-    for each in asked:
-        fit = answer(each)
-        yield fit
-        num_fitting -= fit.fits
-        if num_fitting <= 0:
-            return
-
-
-def _fit(question: _Question) -> Fit:
-    model, gpu, training = question.model, question.gpu, question.training
-    request = PlanRequest(model=model.id, gpu=gpu, training=training)
-    planner = Planner(request)
-
-    def answer(why: str, planned: Plan | None = None) -> Fit:
-        return Fit(
-            model=model.id,
-            gpu=gpu.name,
-            num_parameters=model.num_parameters,
-            fits=planned is not None and planned.fits,
-            upper_bytes=planned and planned.peak.upper_bytes,
-            capacity_bytes=planner.capacity_bytes,
-            step_seconds=planned and planned.step_seconds,
-            num_chunks=planned and planned.schedule.num_chunks,
-            why=why,
-        )
-
-    weights = (model.num_parameters or 0) * training.precision.itemsize
-    if weights > planner.capacity_bytes:
-        return answer(f"weights alone are {weights} bytes")
-    try:
-        planned = plan(request)
-    except InputError as error:
-        return answer(f"refused: {error}")
-    return answer("" if planned.fits else planned.alternatives[0].why, planned)

@@ -2,273 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import ScheduleSpec, TrainingSpec
-from chunkplan.engine.stream.chunks import Chunk
-from chunkplan.engine.stream.schedule import Schedule
-from chunkplan.planner.calibration.margins import Margin, calibration
-from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model
-from chunkplan.planner.catalog.overheads import Overheads, host_threads, overheads
-from chunkplan.planner.footprint.cpu_process import (
-    HOST_DATA_BYTES,
-    PEFT_BYTES,
-    compiled_kernels_bytes,
-    cpu_process_bytes,
-)
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Moment
-from chunkplan.planner.footprint.reserved import reserved_bytes
-from chunkplan.planner.footprint.run_phases import host_phases, run_phases
-from chunkplan.planner.paths import cache_dir
-from chunkplan.planner.spec import (
-    Breakdown,
-    ChunkPlan,
-    GpuSpec,
-    ModelFacts,
-    Peak,
-    PhasePeak,
-    Plan,
-    PlanRequest,
-    RunTime,
-    Timeline,
-    TimelinePoint,
-)
+from chunkplan.engine.spec import TrainingSpec
+from chunkplan.planner.footprint.footprint import ChunkFootprint
+from chunkplan.planner.search.alternatives import alternatives
+from chunkplan.planner.search.choose import choose
+from chunkplan.planner.search.evaluator import Evaluation, Evaluator
+from chunkplan.planner.search.front import front
+from chunkplan.planner.spec import ChunkPlan, ModelFacts, Plan, PlanRequest, RunTime
 from chunkplan.planner.timing.run_time import run_time, tokens_per_update
-from chunkplan.planner.trace.step_trace import CATEGORIES
-from chunkplan.planner.trace.store import TraceStore
 from chunkplan.planner.version import code_digest, planner_version
 
-MAX_MICRO_BATCH_TOKENS = 2**20
-_MOST_WARM = 6
-"""Models, specs and devices whose traces a process keeps: tens of megabytes each. ``auto`` looks at six
-specs."""
-_WARM: dict[tuple[str, ...], Footprints] = {}
-"""The last ones, the newest at the end."""
 
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """One schedule, as far as arithmetic goes: everything but what the allocator makes of it."""
-
-    training: TrainingSpec
-    schedule: ScheduleSpec
-    chunks: tuple[ChunkFootprint, ...]
-    allocated_bytes: int
-    """Highest over the cycle."""
-    host_bytes: int
-    step_seconds: float
-    """Mean over a cycle of one update."""
-    least_upper_bytes: int
-    """The bound if the allocator reserved nothing on top: never above the plan's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One schedule, computed: every chunk's footprint and the peak over the cycle."""
-
-    training: TrainingSpec
-    schedule: ScheduleSpec
-    chunks: tuple[ChunkFootprint, ...]
-    peak: Peak
-    fits: bool
-    step_seconds: float
-
-
-class Planner:
-    """Evaluates schedules of one request's model, device and training spec."""
-
-    def __init__(self, request: PlanRequest) -> None:
-        _check_work(request.training)
-        self.request = request
-        self.model: ModelEntry = find_model(request.model)
-        found = find_gpu(request.gpu)
-        self.margin: Margin = calibration().margin(found)
-        self.gpu: GpuSpec = self.margin.timed(found)
-        self.overheads: Overheads = overheads(self.gpu)
-        usable = self.gpu.memory_bytes - self.overheads.driver_reserved_bytes
-        self.capacity_bytes = min(usable, request.memory_limit_bytes or usable)
-        self._footprints: dict[str, Footprints] = {}
-        self._keys: dict[int, tuple[str, TrainingSpec]] = {}
-
-    def footprints(self, training: TrainingSpec) -> Footprints:
-        """Footprints under a spec; specs that differ only in the schedule share them."""
-        key = self._keys.get(id(training), ("", training))[0]
-        if not key:
-            key = training.model_dump_json(exclude={"schedule"})
-            self._keys[id(training)] = key, training
-        if key not in self._footprints:
-            self._footprints[key] = self._warm_footprints(key, training)
-        return self._footprints[key]
-
-    def _warm_footprints(self, key: str, training: TrainingSpec) -> Footprints:
-        """Those of an earlier request of this process where it asked for the same model, spec and device."""
-        device = (self.gpu.model_dump_json(), str(host_threads()))
-        whole = (json.dumps(self.model.config, sort_keys=True), key, *device, str(cache_dir()))
-        found = _WARM.pop(whole, None)
-        if found is None:
-            found = Footprints(TraceStore(self.model.config, training, self.gpu.kind), training, self.gpu)
-        _WARM[whole] = found
-        while len(_WARM) > _MOST_WARM:
-            del _WARM[next(iter(_WARM))]
-        return found
-
-    def outline(self, training: TrainingSpec, schedule: ScheduleSpec) -> Outline:
-        """Every chunk's footprint, and what follows from it without the allocator."""
-        footprints = self.footprints(training)
-        chunks = tuple(footprints.of_chunk(chunk, schedule) for chunk in footprints.chunks(schedule.num_chunks))
-        seconds = sum(chunk.seconds for chunk in chunks) / len(chunks)
-        return self._outline(training, schedule, chunks, max(chunk.peak_bytes for chunk in chunks), seconds)
-
-    def sketch(self, training: TrainingSpec, schedule: ScheduleSpec) -> Outline:
-        """An estimated outline without chunks, to tell many schedules apart quickly."""
-        peak_bytes, seconds = self.footprints(training).estimate(schedule)
-        return self._outline(training, schedule, (), peak_bytes, seconds)
-
-    def _outline(
-        self,
-        training: TrainingSpec,
-        schedule: ScheduleSpec,
-        chunks: tuple[ChunkFootprint, ...],
-        peak_bytes: int,
-        seconds: float,
-    ) -> Outline:
-        footprints, extra = self.footprints(training), self.overheads
-        allocated = peak_bytes + extra.workspace_bytes * extra.num_workspaces
-        device, host = self._device_and_host(footprints, schedule, allocated, allocated)
-        return Outline(
-            training=training,
-            schedule=schedule,
-            chunks=chunks,
-            allocated_bytes=allocated,
-            host_bytes=host,
-            step_seconds=seconds,
-            least_upper_bytes=self._bound(device, footprints),
-        )
-
-    def least_upper_bytes(self, training: TrainingSpec, schedule: ScheduleSpec, peak_bytes: int) -> int:
-        """The bound if nothing exceeded ``peak_bytes``, and the allocator reserved nothing on top."""
-        return self._outline(training, schedule, (), peak_bytes, 0.0).least_upper_bytes
-
-    def evaluate(self, training: TrainingSpec, schedule: ScheduleSpec) -> Evaluation:
-        """Footprints of all chunks, the peak with all its counters, and whether it fits."""
-        return self.complete(self.outline(training, schedule))
-
-    def complete(self, outline: Outline) -> Evaluation:
-        """The outline of a schedule with what the allocator makes of it."""
-        footprints = self.footprints(outline.training)
-        peak = self._peak(footprints, outline)
-        footprints.store.save()
-        fits = peak.upper_bytes <= self.capacity_bytes
-        return Evaluation(outline.training, outline.schedule, outline.chunks, peak, fits, outline.step_seconds)
-
-    def _peak(self, footprints: Footprints, outline: Outline) -> Peak:
-        chunks, schedule, extra = outline.chunks, outline.schedule, self.overheads
-        highest = max(chunks, key=lambda chunk: chunk.peak_bytes)
-        moment = max(footprints.moments(highest.chunk, schedule), key=lambda moment: moment.allocated_bytes)
-        categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
-        categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
-        breakdown = Breakdown(**categories)
-        reserved = allocated = breakdown.total_bytes
-        if self.gpu.kind != "cpu":
-            reserved = max(reserved_bytes(footprints, chunks, schedule, extra), allocated)
-        device, host = self._device_and_host(footprints, schedule, allocated, reserved)
-        return Peak(
-            allocated_bytes=allocated,
-            reserved_bytes=reserved,
-            device_bytes=device,
-            host_bytes=host,
-            upper_bytes=self._bound(device, footprints),
-            growth_bytes=self._growth_bytes(footprints),
-            phase=moment.phase,
-            chunk_index=highest.chunk.index,
-            breakdown=breakdown,
-        )
-
-    def _bound(self, device_bytes: int, footprints: Footprints) -> int:
-        bound = self.margin.bound(device_bytes, footprints.structure.parameter_bytes)
-        return bound + self._growth_bytes(footprints)
-
-    def _growth_bytes(self, footprints: Footprints) -> int:
-        return compiled_kernels_bytes(footprints.training, self.model.config) if self.gpu.kind == "cpu" else 0
-
-    def _device_and_host(
-        self, footprints: Footprints, schedule: ScheduleSpec, allocated: int, reserved: int
-    ) -> tuple[int, int]:
-        extra, structure = self.overheads, footprints.structure
-        if self.gpu.kind == "cpu":
-            process = cpu_process_bytes(
-                extra.runtime_bytes,
-                footprints.training,
-                self.model.config,
-                structure,
-                allocated,
-                footprints.kept_bytes(schedule),
-            )
-            return process, process
-        runtime = self._runtime_bytes(footprints.training)
-        return reserved + extra.context_bytes, runtime + max(host_phases(footprints, schedule).values())
-
-    def _runtime_bytes(self, training: TrainingSpec) -> int:
-        return self.overheads.runtime_bytes + (0 if training.lora is None else PEFT_BYTES)
-
-    def phases(self, chosen: Evaluation) -> list[PhasePeak]:
-        """The highest moments of the run's phases."""
-        footprints, extra = self.footprints(chosen.training), self.overheads
-        found = run_phases(
-            footprints,
-            chosen.chunks,
-            chosen.schedule,
-            workspaces_bytes=extra.workspace_bytes * extra.num_workspaces,
-            runtime_bytes=self._runtime_bytes(chosen.training),
-        )
-        footprints.store.save()
-        return found
-
-    def floor_bytes(self, training: TrainingSpec) -> int:
-        """Device bytes that no schedule goes below: weights, libraries, context, and the bound's
-        fixed part.
-        """
-        structure, extra = self.footprints(training).structure, self.overheads
-        if self.gpu.kind == "cpu":
-            return structure.parameter_bytes + extra.runtime_bytes + HOST_DATA_BYTES + self.margin.fixed_bytes
-        workspaces = extra.workspace_bytes * extra.num_workspaces
-        return structure.parameter_bytes + workspaces + extra.context_bytes + self.margin.fixed_bytes
-
-
-def _check_work(training: TrainingSpec) -> None:
-    """Raises InputError for a micro-batch whose trace would take minutes: the fused loss goes
-    block by block.
-    """
-    if training.seq_len * training.micro_batch_size > MAX_MICRO_BATCH_TOKENS:
-        field = "seq_len" if training.seq_len > MAX_MICRO_BATCH_TOKENS else "micro_batch_size"
-        raise InputError(f"training.{field}", f"a micro-batch may hold at most {MAX_MICRO_BATCH_TOKENS} tokens")
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Reference cycles wait until the end: looking for them again and again took a third of the time of a
-    plan.
-
-    What a plan makes are hundreds of thousands of small objects that stay, and no cycles.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.freeze()  # and back: all are old now, without a look at each
-            gc.unfreeze()
-            gc.enable()
-
-
-@_no_collections()
 def plan(request: PlanRequest) -> Plan:
     """Answer a request: the footprint of its schedule, or of the one that ``auto`` finds.
 
@@ -276,75 +23,54 @@ def plan(request: PlanRequest) -> Plan:
         InputError: an unknown model or GPU, a config that cannot be built, more chunks than rows, …; names
             the field.
     """
-    from chunkplan.planner.search.choose import alternatives, choose, front
-
-    planner = Planner(request)
-    chosen = choose(planner)
+    evaluator = Evaluator(request)
+    chosen = choose(evaluator)
     return Plan(
-        id=plan_id(request, planner),
+        id=plan_id(request, evaluator),
         planner_version=planner_version(),
-        calibration=planner.margin.version,
-        time_ratio=planner.margin.time_ratio,
+        calibration=evaluator.margin.version,
+        time_ratio=evaluator.margin.time_ratio,
         request=request,
         fits=chosen.fits,
-        capacity_bytes=planner.capacity_bytes,
-        model=_facts(planner, chosen.training),
+        capacity_bytes=evaluator.capacity_bytes,
+        model=_facts(evaluator, chosen.training),
         peak=chosen.peak,
-        chunks=[_chunk_plan(planner, chosen, footprint) for footprint in chosen.chunks],
+        chunks=[_chunk_plan(evaluator, chosen, footprint) for footprint in chosen.chunks],
         schedule=chosen.schedule,
         step_seconds=chosen.step_seconds,
         tokens_per_second=tokens_per_update(chosen.training) / chosen.step_seconds,
-        time=_time(planner, chosen),
-        phases=planner.phases(chosen),
-        alternatives=alternatives(planner, chosen),
-        pareto=front(planner, chosen),
-        warnings=_warnings(planner, chosen),
+        time=_time(evaluator, chosen),
+        phases=evaluator.phases(chosen),
+        alternatives=alternatives(evaluator, chosen),
+        pareto=front(evaluator, chosen),
+        warnings=_warnings(evaluator, chosen),
     )
 
 
-@_no_collections()
-def timeline(request: PlanRequest) -> Timeline:
-    """The footprint over one cycle in the schedule's order: the highest moment of every segment of every
-    step.
-    """
-    from chunkplan.planner.search.choose import choose
-
-    planner = Planner(request)
-    chosen = choose(planner)
-    workspaces = planner.overheads.workspace_bytes * planner.overheads.num_workspaces
-    points: list[TimelinePoint] = []
-    begin = 0.0
-    for index in Schedule(len(chosen.chunks), chosen.schedule.order, 1).cycle_order(0):
-        footprint = chosen.chunks[index]
-        moments = planner.footprints(chosen.training).moments(footprint.chunk, chosen.schedule)
-        points.extend(_point(footprint.chunk, moment, begin, workspaces) for moment in moments)
-        begin += footprint.seconds
-    return Timeline(plan_id=plan_id(request, planner), capacity_bytes=planner.capacity_bytes, points=points)
-
-
-def plan_id(request: PlanRequest, planner: Planner) -> str:
+def plan_id(request: PlanRequest, evaluator: Evaluator | None = None) -> str:
     """Content address: request, device, model, calibration and planner decide it."""
+    evaluator = evaluator or Evaluator(request)
     asked = request.model_dump(mode="json")
-    device = planner.gpu.model_dump(mode="json")
-    versions = [planner.margin.version, code_digest()]
-    content = [asked, device, planner.model.config, *versions]
+    device = evaluator.gpu.model_dump(mode="json")
+    versions = [evaluator.margin.version, code_digest()]
+    content = [asked, device, evaluator.model.config, *versions]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return f"plan_{digest[:24]}"
 
 
-def _time(planner: Planner, chosen: Evaluation) -> RunTime:
+def _time(evaluator: Evaluator, chosen: Evaluation) -> RunTime:
     dense = None
     if chosen.training.lora is None:
-        dense = planner.footprints(chosen.training).dense_seconds(chosen.schedule)
-    training, length = chosen.training, planner.request.run
-    return run_time(chosen.step_seconds, dense, training, chosen.schedule, planner.gpu, length)
+        dense = evaluator.footprints(chosen.training).dense_seconds(chosen.schedule)
+    training, length = chosen.training, evaluator.request.run
+    return run_time(chosen.step_seconds, dense, training, chosen.schedule, evaluator.gpu, length)
 
 
-def _facts(planner: Planner, training: TrainingSpec) -> ModelFacts:
-    structure = planner.footprints(training).structure
+def _facts(evaluator: Evaluator, training: TrainingSpec) -> ModelFacts:
+    structure = evaluator.footprints(training).structure
     return ModelFacts(
-        name=planner.model.id,
-        architecture=planner.model.architecture,
+        name=evaluator.model.id,
+        architecture=evaluator.model.architecture,
         num_parameters=structure.num_parameters,
         num_trainable_parameters=structure.num_trainable_parameters,
         num_layers=structure.num_layers,
@@ -352,10 +78,10 @@ def _facts(planner: Planner, training: TrainingSpec) -> ModelFacts:
     )
 
 
-def _chunk_plan(planner: Planner, chosen: Evaluation, footprint: ChunkFootprint) -> ChunkPlan:
-    names = planner.footprints(chosen.training).structure.parameters
+def _chunk_plan(evaluator: Evaluator, chosen: Evaluation, footprint: ChunkFootprint) -> ChunkPlan:
+    names = evaluator.footprints(chosen.training).structure.parameters
     pieces = footprint.chunk.slices
-    workspaces = planner.overheads.workspace_bytes * planner.overheads.num_workspaces
+    workspaces = evaluator.overheads.workspace_bytes * evaluator.overheads.num_workspaces
     return ChunkPlan(
         index=footprint.chunk.index,
         num_parameters=footprint.chunk.num_parameters,
@@ -367,23 +93,9 @@ def _chunk_plan(planner: Planner, chosen: Evaluation, footprint: ChunkFootprint)
     )
 
 
-def _point(chunk: Chunk, moment: Moment, begin: float, workspaces: int) -> TimelinePoint:
-    categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
-    categories["workspace"] += workspaces
-    breakdown = Breakdown(**categories)
-    return TimelinePoint(
-        chunk_index=chunk.index,
-        phase=moment.phase,
-        segment=moment.segment,
-        seconds=begin + moment.seconds,
-        allocated_bytes=breakdown.total_bytes,
-        breakdown=breakdown,
-    )
-
-
-def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
+def _warnings(evaluator: Evaluator, chosen: Evaluation) -> list[str]:
     warnings = []
-    host = planner.gpu.kind != "cpu" and chosen.schedule.states == "keep"
+    host = evaluator.gpu.kind != "cpu" and chosen.schedule.states == "keep"
     if host and chosen.peak.host_bytes > 2**36:
         gib = chosen.peak.host_bytes / 2**30
         warnings.append(f"states: keep needs {gib:.0f} GiB of host memory; 'reset' needs none for states")
@@ -393,9 +105,9 @@ def _warnings(planner: Planner, chosen: Evaluation) -> list[str]:
             f"the CPU's library compiles a kernel for every number of tokens that an expert gets: the bound has "
             f"{mib:.0f} MiB for them, which precision fp32 does not need"
         )
-    if planner.gpu.kind == "rocm":
+    if evaluator.gpu.kind == "rocm":
         warnings.append("ROCm devices are planned with CUDA's allocator and kernels: treat the figures as estimates")
-    if planner.gpu.kind == "mps":
+    if evaluator.gpu.kind == "mps":
         warnings.append(
             "Apple devices are planned with CUDA's allocator, as an estimate: the engine does not run there, "
             "and host_bytes come from the same memory"

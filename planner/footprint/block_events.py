@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.chunks import Slice
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import ComposedSegment, compose
@@ -35,7 +35,7 @@ class Recorder(Protocol):
 class Walk:
     """Goes through a cycle."""
 
-    def __init__(self, recorder: Recorder, footprints: Footprints, schedule: ScheduleSpec) -> None:
+    def __init__(self, recorder: Recorder, footprints: Footprints, schedule: ResolvedSchedule) -> None:
         self._recorder = recorder
         self._footprints = footprints
         self._schedule = schedule

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
-from chunkplan.engine.spec import Optimizer, ScheduleSpec, TrainingSpec
+from chunkplan.engine.spec import Optimizer, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk, Slice, partition
 from chunkplan.planner.footprint.folded import (
     NO_COPIES,
@@ -27,7 +27,7 @@ from chunkplan.planner.footprint.replay_programs import Interned, StepPrograms, 
 from chunkplan.planner.spec import GpuSpec
 from chunkplan.planner.timing.roofline import Passage, Rates, passage, rates, transfer_seconds
 from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
-from chunkplan.planner.trace.store import TraceStore
+from chunkplan.planner.trace.store import TraceStore, deciding_an_update
 from chunkplan.planner.trace.structure import ModelStructure, chunk_roles, stand_ins
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
@@ -116,7 +116,7 @@ class _SliceFigures:
     """On the device."""
 
 
-def updates_of_visit(schedule: ScheduleSpec) -> list[Update]:
+def updates_of_visit(schedule: ResolvedSchedule) -> list[Update]:
     """The distinct kinds of update of a visit."""
     if schedule.switch_every == 1:
         return [Update(True, True)]
@@ -152,7 +152,8 @@ class Footprints:
         self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], _SliceFigures]] = {}
         self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
         self._kept: dict[tuple[int, StateLayout], int] = {}
-        self._states: dict[tuple[int, int, Hashable, Hashable, Hashable], tuple[int, int]] = {}
+        self._states: dict[tuple[int, int, str], tuple[int, int]] = {}
+        self._deciding: dict[ResolvedSchedule, str] = {}
         self._resident: dict[str, Bytes] = {}
         self._estimates: dict[tuple[Hashable, ...], tuple[int, float]] = {}
         self._largest: dict[int, Chunk] = {}
@@ -172,7 +173,7 @@ class Footprints:
             self._largest[num_chunks] = max(self.chunks(num_chunks), key=lambda chunk: chunk.num_parameters)
         return self._largest[num_chunks]
 
-    def of_chunk(self, chunk: Chunk, schedule: ScheduleSpec) -> ChunkFootprint:
+    def of_chunk(self, chunk: Chunk, schedule: ResolvedSchedule) -> ChunkFootprint:
         """The footprint of an update with ``chunk`` active: the highest over the kinds of update
         of a visit.
         """
@@ -187,7 +188,7 @@ class Footprints:
         seconds = total_seconds / schedule.switch_every
         return ChunkFootprint(chunk, max(phase_peaks.values()), phase_peaks, seconds, step.trace, step.runs)
 
-    def moments(self, chunk: Chunk, schedule: ScheduleSpec) -> list[Moment]:
+    def moments(self, chunk: Chunk, schedule: ResolvedSchedule) -> list[Moment]:
         """Every segment's highest moment, of the kind of update whose peak is the highest."""
         step = self._step(chunk, expands=schedule.expansion == "factored")
         highest: list[Moment] = []
@@ -203,7 +204,7 @@ class Footprints:
         peaks, _ = _phase_peaks(folded, folded.totals(copies, folded.sizes(copies, (), 0)))
         return max(peaks.values())
 
-    def dense_seconds(self, schedule: ScheduleSpec) -> float:
+    def dense_seconds(self, schedule: ResolvedSchedule) -> float:
         """Of one update of all parameters whose states are on the device, before and after: dense
         fine-tuning.
         """
@@ -246,7 +247,7 @@ class Footprints:
             for seconds, segment in zip(known, folded.segments, strict=True)
         )
 
-    def update_trace(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> StepTrace:
+    def update_trace(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> StepTrace:
         """The optimizer's work on one slice."""
         return self.store.update(
             piece.numel,
@@ -263,7 +264,7 @@ class Footprints:
             self._programs[id(trace)] = StepPrograms(trace)
         return self._programs[id(trace)]
 
-    def update_program(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> UpdateProgram:
+    def update_program(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> UpdateProgram:
         """The update of a slice prepared for the replay, once."""
         trace = self.update_trace(piece, schedule, update)
         if id(trace) not in self._update_programs:
@@ -276,14 +277,14 @@ class Footprints:
         """
         return self.gpu.kind != "cpu" and update.comes and update.leaves and not self.training.update_in_backward
 
-    def buffers(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> list[int]:
+    def buffers(self, chunk: Chunk, schedule: ResolvedSchedule, update: Update) -> list[int]:
         """Sizes of the tensors through which the chunk's states pass during this kind of update."""
         if not self._is_shared(update):
             return []
         blocks = [block for piece in chunk.slices for block in self._largest_blocks(piece, schedule)]
         return [tensor.num_bytes for tensor in largest_tensors(blocks).values()] * min(2, len(blocks))
 
-    def _largest_blocks(self, piece: Slice, schedule: ScheduleSpec) -> list[dict[str, StateTensor]]:
+    def _largest_blocks(self, piece: Slice, schedule: ResolvedSchedule) -> list[dict[str, StateTensor]]:
         """States of the slice's first two blocks: none is larger, and more than two are not there at once."""
         layout = StateLayout.of(self.training, schedule)
         key = (piece.numel, self._num_columns(piece), layout)
@@ -291,7 +292,7 @@ class Footprints:
             self._blocks[key] = layout.wanted([key[:2]])[:2]
         return self._blocks[key]
 
-    def kept_bytes(self, schedule: ScheduleSpec) -> int:
+    def kept_bytes(self, schedule: ResolvedSchedule) -> int:
         """What the optimizer keeps in host memory for all chunks between their visits."""
         layout = StateLayout.of(self.training, schedule)
         key = (schedule.num_chunks, layout)
@@ -300,10 +301,16 @@ class Footprints:
             self._kept[key] = sum(layout.host_bytes(*shape) * count for shape, count in Counter(shapes).items())
         return self._kept[key]
 
+    def _deciding_a_slice(self, schedule: ResolvedSchedule) -> str:
+        """Return what of a schedule decides the update of a slice; see :func:`deciding_an_update`."""
+        if schedule not in self._deciding:
+            self._deciding[schedule] = deciding_an_update(schedule)
+        return self._deciding[schedule]
+
     def _num_columns(self, piece: Slice) -> int:
         return self._columns[piece.index]
 
-    def resident(self, schedule: ScheduleSpec) -> Bytes:
+    def resident(self, schedule: ResolvedSchedule) -> Bytes:
         """Live bytes by category between two steps."""
         known = self._resident.get(schedule.expansion)
         if known is None:
@@ -324,24 +331,24 @@ class Footprints:
         """Size of a block as the device's allocator counts it."""
         return rounded(size_bytes, self.granularity)
 
-    def states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
+    def states_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> int:
         """What the optimizer keeps on the device for a slice."""
         return self._states_bytes(piece, schedule)[0]
 
-    def host_bytes(self, piece: Slice, schedule: ScheduleSpec) -> int:
+    def host_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> int:
         """What the optimizer keeps in host memory for a slice between visits."""
         return self._states_bytes(piece, schedule)[1]
 
-    def _states_bytes(self, piece: Slice, schedule: ScheduleSpec) -> tuple[int, int]:
+    def _states_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> tuple[int, int]:
         """On the device, and on the host between visits; known for slices of one size and width."""
-        key = (piece.numel, self._num_columns(piece), schedule.states, schedule.state_dtype, schedule.master)
+        key = (piece.numel, self._num_columns(piece), self._deciding_a_slice(schedule))
         if key not in self._states:
             layout = StateLayout.of(self.training, schedule)
             on_device = sum(map(self.rounded, layout.device_bytes(*key[:2])))
             self._states[key] = on_device, layout.host_bytes(*key[:2])
         return self._states[key]
 
-    def estimate(self, schedule: ScheduleSpec) -> tuple[int, float]:
+    def estimate(self, schedule: ResolvedSchedule) -> tuple[int, float]:
         """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart
         quickly.
 
@@ -351,7 +358,7 @@ class Footprints:
         chunks = self.chunks(schedule.num_chunks)
         highest, seconds = 0, 0.0
         for update in updates_of_visit(schedule):
-            kept = (schedule.states, schedule.state_dtype.value, schedule.master.value, schedule.expansion)
+            kept = (self._deciding_a_slice(schedule), schedule.expansion)
             key = (schedule.num_chunks, kept, update.comes, update.leaves)
             if key not in self._estimates:
                 expands = schedule.expansion == "factored"
@@ -367,7 +374,7 @@ class Footprints:
         return highest, seconds / schedule.switch_every / len(chunks)
 
     def _figures(
-        self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update, *, rough: bool = False
+        self, chunk: Chunk, step: _Step, schedule: ResolvedSchedule, update: Update, *, rough: bool = False
     ) -> tuple[dict[str, int], float]:
         """Peak of each phase, and seconds, of one kind of update: what :meth:`_moments` says, in totals."""
         training = self.training
@@ -396,7 +403,7 @@ class Footprints:
         seconds += self._passages_seconds((figures.passage for figures in slices), update)
         return peaks | {"optimizer": highest}, seconds
 
-    def _moments(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec, update: Update) -> list[Moment]:
+    def _moments(self, chunk: Chunk, step: _Step, schedule: ResolvedSchedule, update: Update) -> list[Moment]:
         """Every segment's highest moment during one kind of update."""
         training = self.training
         live = self._before(chunk, schedule, update)
@@ -433,7 +440,7 @@ class Footprints:
     def _takes_norms(self) -> bool:
         return self.training.max_grad_norm is not None or self.training.scales_loss
 
-    def _before(self, chunk: Chunk, schedule: ScheduleSpec, update: Update) -> Bytes:
+    def _before(self, chunk: Chunk, schedule: ResolvedSchedule, update: Update) -> Bytes:
         """Live bytes by category before the last micro-batch of an update."""
         training = self.training
         live = list(self.resident(schedule))
@@ -446,7 +453,7 @@ class Footprints:
             live[_GRADIENTS] += sum(self.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices)
         return tuple(live)
 
-    def _step_seconds(self, chunk: Chunk, step: _Step, schedule: ScheduleSpec) -> float:
+    def _step_seconds(self, chunk: Chunk, step: _Step, schedule: ResolvedSchedule) -> float:
         """Seconds of all micro-batches of an update; the last one expands where the schedule asks for it."""
         others = self.training.gradient_accumulation_steps - 1
         plain = step
@@ -454,7 +461,7 @@ class Footprints:
             plain = self._step(chunk, expands=False)
         return step.total_seconds + others * plain.total_seconds
 
-    def _in_backward(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> SliceUpdate:
+    def _in_backward(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceUpdate:
         """What the update of a slice adds to the moment at which its gradient is complete."""
         summary = self._update(piece, schedule, update)["optimizer"]
         net = list(summary.net)
@@ -463,11 +470,13 @@ class Footprints:
             net[_STATES] -= self.states_bytes(piece, schedule)
         return SliceUpdate(summary.peak, tuple(net))
 
-    def _update(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> dict[str, SegmentSummary]:
+    def _update(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> dict[str, SegmentSummary]:
         folded = self._folded(self.update_trace(piece, schedule, update))
         return {summary.phase: summary for summary in folded.summaries(NO_COPIES, ())}
 
-    def _all_figures(self, chunk: Chunk, schedule: ScheduleSpec, update: Update, *, rough: bool) -> list[_SliceFigures]:
+    def _all_figures(
+        self, chunk: Chunk, schedule: ResolvedSchedule, update: Update, *, rough: bool
+    ) -> list[_SliceFigures]:
         """Of the chunk's slices; equal for slices of one size and width."""
         kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
         known = self._slices.setdefault((kept, update.comes, update.leaves, rough), {})
@@ -481,7 +490,7 @@ class Footprints:
             found.append(figures)
         return found
 
-    def _slice_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
+    def _slice_figures(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> _SliceFigures:
         phases = self._update(piece, schedule, update)
         clip, rule = phases["clip"], phases["optimizer"]
         return _SliceFigures(
@@ -494,7 +503,7 @@ class Footprints:
             states_bytes=self.states_bytes(piece, schedule),
         )
 
-    def _rough_figures(self, piece: Slice, schedule: ScheduleSpec, update: Update) -> _SliceFigures:
+    def _rough_figures(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> _SliceFigures:
         """The same estimated from a few sizes that are traced; states by their layout.
 
         Stands for the slice: one or two full blocks; below a block the next power of two, whose time is
@@ -523,7 +532,7 @@ class Footprints:
             states_bytes=states_bytes,
         )
 
-    def _passage(self, piece: Slice, schedule: ScheduleSpec, update: Update, seconds: float) -> Passage:
+    def _passage(self, piece: Slice, schedule: ResolvedSchedule, update: Update, seconds: float) -> Passage:
         """A slice's update of so many seconds, with what its states' way to the device and back
         adds to it.
         """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.chunks import Slice
 from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner.allocator.pool import Pool
@@ -23,7 +23,7 @@ from chunkplan.planner.trace.structure import stand_ins
 
 
 def reserved_bytes(
-    footprints: Footprints, chunks: Iterable[ChunkFootprint], schedule: ScheduleSpec, overheads: Overheads
+    footprints: Footprints, chunks: Iterable[ChunkFootprint], schedule: ResolvedSchedule, overheads: Overheads
 ) -> int:
     """Highest reserved bytes over one cycle in the schedule's order, weights and library
     workspaces included.
@@ -39,7 +39,7 @@ def reserved_bytes(
 class Replay:
     """Feeds both pools with a cycle."""
 
-    def __init__(self, footprints: Footprints, schedule: ScheduleSpec) -> None:
+    def __init__(self, footprints: Footprints, schedule: ResolvedSchedule) -> None:
         self._footprints = footprints
         self._schedule = schedule
         self._itemsize = footprints.training.trained_precision.itemsize

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chunkplan.engine.spec import Precision, ScheduleSpec
+from chunkplan.engine.spec import Precision, ResolvedSchedule
 from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.catalog.overheads import FILE_ITEMSIZE
 from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
@@ -22,7 +22,7 @@ STEPPING = "step"
 """All phases but those that take more on the host."""
 
 
-def host_phases(footprints: Footprints, schedule: ScheduleSpec) -> dict[str, int]:
+def host_phases(footprints: Footprints, schedule: ResolvedSchedule) -> dict[str, int]:
     """What the host of a GPU holds in each phase, without the process itself.
 
     Args:
@@ -46,7 +46,7 @@ def host_phases(footprints: Footprints, schedule: ScheduleSpec) -> dict[str, int
 def run_phases(
     footprints: Footprints,
     chunks: Sequence[ChunkFootprint],
-    schedule: ScheduleSpec,
+    schedule: ResolvedSchedule,
     *,
     workspaces_bytes: int,
     runtime_bytes: int,
@@ -84,7 +84,7 @@ def run_phases(
     ]
 
 
-def _staying(footprints: Footprints, chunk: Chunk, schedule: ScheduleSpec) -> int:
+def _staying(footprints: Footprints, chunk: Chunk, schedule: ResolvedSchedule) -> int:
     """Bytes of the chunk's states that are on the device between two updates of its visit."""
     if schedule.switch_every == 1:
         return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from chunkplan.engine.errors import InputError
+from chunkplan.planner.search.evaluator import Evaluator
 from chunkplan.planner.spec import Breakdown, Plan, Timeline, TimelinePoint
 
 Format = Literal["json", "perfetto", "memory_snapshot", "svg", "png"]
@@ -70,16 +71,15 @@ def export(planned: Plan, form: Format, chunk_index: int | None = None) -> bytes
 
 
 def _snapshot(planned: Plan, chunk_index: int) -> bytes:
-    from chunkplan.planner.answers.plan import Planner
     from chunkplan.planner.report.snapshot import snapshot, to_pickle
 
     if not 0 <= chunk_index < len(planned.chunks):
         raise InputError("chunk", f"must be between 0 and {len(planned.chunks) - 1} (got {chunk_index})")
-    planner = Planner(planned.request)
-    training = planned.request.training.model_copy(update={"schedule": planned.schedule})
-    footprints = planner.footprints(training)
+    evaluator = Evaluator(planned.request)
+    training = planned.request.training.resolved(planned.schedule)
+    footprints = evaluator.footprints(training)
     chunks = [footprints.of_chunk(chunk, planned.schedule) for chunk in footprints.chunks(planned.schedule.num_chunks)]
-    return to_pickle(snapshot(footprints, chunks, planned.schedule, planner.overheads, chunk_index))
+    return to_pickle(snapshot(footprints, chunks, planned.schedule, evaluator.overheads, chunk_index))
 
 
 def trace_events(planned: Plan, timeline: Timeline) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner.allocator.caching import CachingAllocator
 from chunkplan.planner.catalog.overheads import Overheads
@@ -29,7 +29,7 @@ _UNKNOWN = "unknown"
 def snapshot(
     footprints: Footprints,
     chunks: Iterable[ChunkFootprint],
-    schedule: ScheduleSpec,
+    schedule: ResolvedSchedule,
     overheads: Overheads,
     chunk_index: int,
 ) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkplan.engine.spec import CheckpointedLayers, ScheduleSpec, TrainingSpec
+from chunkplan.engine.spec import CheckpointedLayers, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.spec import Peak
 from chunkplan.planner.trace.structure import ModelStructure
@@ -53,7 +53,7 @@ def cause(structure: ModelStructure, chunk: Chunk, training: TrainingSpec, peak:
     return f"{biggest.replace('_', ' ')} takes {size(parts[biggest])} beside {size(weights)} of weights"
 
 
-def changes(training: TrainingSpec, asked: TrainingSpec, schedule: ScheduleSpec, base: ScheduleSpec) -> str:
+def changes(training: TrainingSpec, asked: TrainingSpec, schedule: ResolvedSchedule, base: ResolvedSchedule) -> str:
     """What a schedule does otherwise than the one it is compared with; empty when nothing."""
     found = []
     if training.method != asked.method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from chunkplan.engine.spec import ScheduleSpec, TrainingSpec
+from chunkplan.engine.spec import ResolvedSchedule, TrainingSpec
 from chunkplan.planner.spec import GpuSpec, RunLength, RunTime
 
 _JOULES_PER_KWH = 3.6e6
@@ -14,7 +14,7 @@ def run_time(
     step_seconds: float,
     dense_step_seconds: float | None,
     training: TrainingSpec,
-    schedule: ScheduleSpec,
+    schedule: ResolvedSchedule,
     gpu: GpuSpec,
     length: RunLength | None,
 ) -> RunTime:

@@ -13,7 +13,7 @@ from chunkplan.engine.optimizer.chunk_optimizer import ChunkOptimizer, Optimizer
 from chunkplan.engine.optimizer.eight_bit import tables
 from chunkplan.engine.optimizer.state_layout import StateLayout, StateTensor
 from chunkplan.engine.optimizer.state_transfer import WHOLE, BlockKey, ChunkStates, Lane, States
-from chunkplan.engine.spec import Master, ScheduleSpec, TrainingSpec
+from chunkplan.engine.spec import Master, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.schedule import Visit
 from chunkplan.planner.trace.recorder import Known, MemoryTrace
 from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, Block, StepTrace
@@ -27,7 +27,7 @@ def trace_update(
     numel: int,
     num_columns: int,
     training: TrainingSpec,
-    schedule: ScheduleSpec,
+    schedule: ResolvedSchedule,
     *,
     comes: bool,
     leaves: bool,
@@ -51,12 +51,7 @@ def trace_update(
     leaf = torch.empty(numel, dtype=DTYPES[training.trained_precision], device="meta", requires_grad=True)
     parameter = nn.Parameter(torch.empty(numel // num_columns, num_columns, device="meta"))
     piece = ActiveSlice("slice", 0, numel, leaf, parameter)
-    config = OptimizerConfig(
-        rule=training.optimizer,
-        states=schedule.states,
-        state_dtype=schedule.state_dtype,
-        master=schedule.master,
-    )
+    config = OptimizerConfig.of(training.resolved(schedule))
     optimizer = ChunkOptimizer(config, Lane(ahead=0 if device_kind == "cpu" else 1))
     optimizer.loss_scale = 2.0 if training.scales_loss else 1.0
     states = optimizer.chunks[0] = ChunkStates()

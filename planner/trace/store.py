@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkplan.engine.spec import Optimizer, ScheduleSpec, TrainingSpec
+from chunkplan.engine.spec import Optimizer, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.catalog.overheads import host_threads
 from chunkplan.planner.paths import cache_dir
@@ -37,6 +37,11 @@ _HARMLESS_OF_SCHEDULE = {"num_chunks", "order", "switch_every", "expansion"}
 one."""
 
 
+def deciding_an_update(schedule: ResolvedSchedule) -> str:
+    """Return what of a schedule decides the update of a slice: every field but the known harmless ones."""
+    return repr(schedule.model_dump(mode="json", exclude=_HARMLESS_OF_SCHEDULE))
+
+
 class TraceStore:
     """All traces of one architecture under one training spec (the schedule aside) on one kind of device."""
 
@@ -49,7 +54,7 @@ class TraceStore:
         self._path = cache_dir() / f"{self._key()}.json"
         self._content: dict[str, Any] = self._read()
         self._traces: dict[str, StepTrace] = {}
-        self._kept: dict[ScheduleSpec, str] = {}
+        self._deciding: dict[ResolvedSchedule, str] = {}
         """What of a schedule decides an update, by schedule."""
         self._is_changed = False
 
@@ -93,15 +98,15 @@ class TraceStore:
         return self._once("steps", "evaluation", lambda: self._model_tracer().trace_evaluation())
 
     def update(
-        self, numel: int, num_columns: int, schedule: ScheduleSpec, *, comes: bool, leaves: bool, is_shared: bool
+        self, numel: int, num_columns: int, schedule: ResolvedSchedule, *, comes: bool, leaves: bool, is_shared: bool
     ) -> StepTrace:
         """The optimizer's update of a slice of ``numel`` elements; see :func:`trace_update`."""
         training = self._training
         shape = (numel, num_columns if training.optimizer is Optimizer.ADAFACTOR else 1)
         weights = (training.trained_precision.value, training.scales_loss)
-        if schedule not in self._kept:
-            self._kept[schedule] = repr(schedule.model_dump(mode="json", exclude=_HARMLESS_OF_SCHEDULE))
-        key = repr((shape, training.optimizer.value, weights, self._kept[schedule], comes, leaves, is_shared))
+        if schedule not in self._deciding:
+            self._deciding[schedule] = deciding_an_update(schedule)
+        key = repr((shape, training.optimizer.value, weights, self._deciding[schedule], comes, leaves, is_shared))
 
         def trace() -> StepTrace:
             from chunkplan.planner.trace.slice_update import trace_update

@@ -14,7 +14,7 @@ from chunkplan.service.cli.exits import DOES_NOT_FIT, CommandError
 from chunkplan.service.cli.output import JsonOption, console, count, duration, gibibytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from chunkplan.planner.answers.largest import Fit
+    from chunkplan.planner.answers.fits import Fit
 
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=100, help="Stop after so many that fit.")]
 SeqLenOption = Annotated[int | None, typer.Option(help="Tokens per sequence, for what fits.")]
@@ -32,7 +32,7 @@ def models(
     from chunkplan.planner.catalog import models as known
 
     if gpu is not None:
-        from chunkplan.planner.answers.largest import models_for
+        from chunkplan.planner.answers.fits import models_for
         from chunkplan.service.cli.requests import device_reference
 
         device = device_reference(gpu)
@@ -60,7 +60,7 @@ def gpus(
     from chunkplan.planner.catalog import gpus as known
 
     if model is not None:
-        from chunkplan.planner.answers.largest import gpus_for
+        from chunkplan.planner.answers.fits import gpus_for
 
         _print_fits(gpus_for(model, _training(seq_len, chunks), limit), f"of {model}", as_json=as_json)
         return

@@ -8,7 +8,6 @@ from itertools import product
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ModelConfig, ModelPath
 from chunkplan.planner.answers.comparison import single_request
-from chunkplan.planner.answers.plan import Planner as Planning
 from chunkplan.planner.answers.plan import plan_id
 from chunkplan.planner.catalog import find_gpu
 from chunkplan.planner.report.formats import Format
@@ -185,4 +184,4 @@ def content_id(request: PlanRequest) -> str:
     """The id that the plan of a request has: of the request, what its names stand for, and the planner
     itself.
     """
-    return plan_id(request, Planning(request))
+    return plan_id(request)

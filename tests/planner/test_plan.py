@@ -11,7 +11,7 @@ import pytest
 from chunkplan.engine.spec import ScheduleSpec, parse
 from chunkplan.engine.stream.chunks import partition
 from chunkplan.planner import PlanRequest, plan, timeline
-from chunkplan.planner.answers.plan import Planner
+from chunkplan.planner.search.evaluator import Evaluator
 
 LLAMA = {
     "model_type": "llama",
@@ -85,7 +85,7 @@ def test_same_request_same_plan():
 
 def test_more_chunks_never_raise_the_states():
     training = {"switch_every": 3, "order": "descending"}
-    planner = Planner(request(schedule={"num_chunks": 1, **training}))
+    planner = Evaluator(request(schedule={"num_chunks": 1, **training}))
     training = planner.request.training
     footprints = planner.footprints(training)
 

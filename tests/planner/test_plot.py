@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from chunkplan.engine.spec import ScheduleSpec
+from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.planner.report.plot import plot_footprint
 from chunkplan.planner.spec import Alternative, Breakdown, Timeline, TimelinePoint
 from tests.plans import GIB, make_plan
@@ -65,7 +65,7 @@ def test_the_front_is_drawn_when_there_is_one(tmp_path):
     plan = make_plan(capacity_bytes=24 * GIB)
     shared = {"training": plan.request.training, "peak": plan.peak, "fits": True, "why": "why"}
     front = [
-        Alternative(schedule=ScheduleSpec(num_chunks=count), step_seconds=1 / count, role=role, **shared)
+        Alternative(schedule=ResolvedSchedule(num_chunks=count), step_seconds=1 / count, role=role, **shared)
         for count, role in ((7, "chosen"), (13, "pareto"))
     ]
     plot_footprint(plan.model_copy(update={"pareto": front}), make_timeline(24 * GIB), path)

@@ -11,9 +11,9 @@ from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner import PlanRequest
 from chunkplan.planner.allocator.caching import MIB, MIN_BLOCK_BYTES, CachingAllocator
 from chunkplan.planner.allocator.pool import LARGEST_SMALL, Pool, Program, units
-from chunkplan.planner.answers.plan import Planner
 from chunkplan.planner.footprint.block_events import Walk
 from chunkplan.planner.footprint.reserved import Replay, reserved_bytes
+from chunkplan.planner.search.evaluator import Evaluator
 from tests.planner.test_exports import CASES, TINY
 
 LAYERS = {"num_hidden_layers": 12}
@@ -36,7 +36,7 @@ EXPERTS = {
 def planner_of(config=None, **training):
     asked = {"seq_len": 256, "micro_batch_size": 4, **training}
     model = {"config": {**TINY, **LAYERS} if config is None else config}
-    return Planner(parse(PlanRequest, {"model": model, "gpu": "rtx-4090", "training": asked}))
+    return Evaluator(parse(PlanRequest, {"model": model, "gpu": "rtx-4090", "training": asked}))
 
 
 class _Plain(CachingAllocator):

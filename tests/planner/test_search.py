@@ -13,8 +13,9 @@ from chunkplan.engine.spec import CheckpointedLayers, parse
 from chunkplan.planner import PlanRequest, plan
 from chunkplan.planner.answers.comparison import compare
 from chunkplan.planner.answers.largest import largest
-from chunkplan.planner.answers.plan import Planner
-from chunkplan.planner.search.choose import candidates, choose, pareto
+from chunkplan.planner.search.choose import choose
+from chunkplan.planner.search.evaluator import Evaluator
+from chunkplan.planner.search.front import candidates, pareto
 
 LLAMA = {
     "model_type": "llama",
@@ -42,7 +43,7 @@ def request(gpu="rtx-4090", memory_limit_bytes=None, **training):
 def found():
     """An automatic plan, and everything that was a candidate."""
     asked = request(micro_batch_size=2)
-    planner = Planner(asked)
+    planner = Evaluator(asked)
     return plan(asked), planner, candidates(planner, choose(planner))
 
 

@@ -14,7 +14,7 @@ STATES = CATEGORIES.index("optimizer_states")
 
 def states_of_update(device_kind, num_blocks, *, comes=True, leaves=True, is_shared=False, **training):
     """(highest, left) bytes of states in the update of one slice, in units of a block's."""
-    spec = parse(TrainingSpec, {"schedule": {"num_chunks": 2}, **training})
+    spec = parse(TrainingSpec, {"schedule": {"num_chunks": 2}, **training}).resolved()
     numel = num_blocks * BLOCK_NUMEL
     options = {"comes": comes, "leaves": leaves, "is_shared": is_shared}
     trace = trace_update(device_kind, numel, 1024, spec, spec.schedule, **options)
