@@ -15,6 +15,7 @@ from chunkplan.service.cli.exits import DOES_NOT_FIT, CommandError
 from chunkplan.service.cli.output import JsonOption, console, print_json
 from chunkplan.service.cli.requests import device_reference, model_reference, parse_bytes
 from chunkplan.service.cli.spec_options import with_training_options
+from chunkplan.service.kit.collector import collect_rarely
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -52,6 +53,7 @@ def plan(
     training: dict[str, Any],
 ) -> None:
     """Predict a run's memory and time. Exit code 3 when it does not fit."""
+    collect_rarely()
     if auto and "schedule" in training:
         given = ", ".join(training["schedule"])
         raise InputError("training.schedule", f"--auto chooses the schedule; leave out {given}")

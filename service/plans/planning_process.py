@@ -25,6 +25,7 @@ from chunkplan.engine.errors import InputError
 from chunkplan.planner.report.formats import Format
 from chunkplan.planner.spec import Plan, PlanRequest, Timeline
 from chunkplan.service.errors import Busy, Unprocessable
+from chunkplan.service.kit.collector import collect_rarely
 
 log = structlog.get_logger(__name__)
 
@@ -186,6 +187,7 @@ def _initialise(memory_bytes: int | None) -> None:
     never outlive it.
     """
     os.nice(_NICENESS)
+    collect_rarely()
     if memory_bytes is not None:
         # Data, not address space: torch maps gigabytes that it never touches.
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
