@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_map_only
 
 from chunkplan.engine.gradients.cut_parameter import CutParameter, CutTranspose, is_metadata
+from chunkplan.engine.torch_internals import tree_any, tree_map_only
 
 _LOWER: frozenset[Callable[..., Any]] = frozenset(
     {

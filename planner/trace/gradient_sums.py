@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from chunkplan.engine.torch_internals import TorchDispatchMode, holders
 
 Holders = tuple[int, int, int]
 
@@ -31,8 +32,7 @@ def is_in_place(func: Any, args: Any) -> bool:
 
 def _holders(args: Any) -> Holders:
     """References to the first operand: from Python, from C++, and to its storage."""
-    storage = args[0].untyped_storage()
-    return sys.getrefcount(args[0]), args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(args[0]), *holders(args[0])
 
 
 def _are_alike(first: Tensor, second: Any) -> bool:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
 from chunkplan.engine.gradients.cut_parameter import CutParameter, CutTranspose
 from chunkplan.engine.model.autocast import autocast_operands
+from chunkplan.engine.torch_internals import fused_attention_choice, torch_grouped_product, without_modes
 from chunkplan.planner.catalog.overheads import (
     ONEDNN_SCRATCH_BYTES,
     ONEDNN_TRANSPOSED_BYTES,
@@ -73,7 +73,7 @@ def _takes_flash_on_cpu(
         is_causal: whether later tokens are hidden.
         enable_gqa: whether fewer key heads than query heads are asked for by name.
     """
-    with _disable_current_modes():  # nothing of this is a part of the step that is traced
+    with without_modes():  # nothing of this is a part of the step that is traced
         query, key, value = (
             torch.empty(1, heads, 1, size, dtype=dtype, device="cpu", requires_grad=takes_gradient)
             for heads, size, dtype, takes_gradient in facts
@@ -81,7 +81,7 @@ def _takes_flash_on_cpu(
         mask = None
         if mask_facts is not None:
             mask = torch.zeros(1, 1, 1, 1, dtype=mask_facts[0], device="cpu", requires_grad=mask_facts[1])
-        choice = torch._fused_sdp_choice(query, key, value, mask, dropout, is_causal, enable_gqa=enable_gqa)
+        choice = fused_attention_choice(query, key, value, mask, dropout, is_causal, enable_gqa=enable_gqa)
     return bool(choice == SDPBackend.FLASH_ATTENTION.value)
 
 
@@ -176,15 +176,12 @@ def _products_of_groups(left: Tensor, right: Tensor, num_groups: int) -> Tensor:
     return columns.transpose(1, 2).bmm(right[: size * num_groups].reshape(num_groups, size, -1))
 
 
-_torch_grouped_mm = torch._grouped_mm
-
-
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, **others: Any) -> Tensor:
-    """``torch._grouped_mm`` without storage: experts' rows by their matrices, or the gradient of those
+    """The grouped product without storage: experts' rows by their matrices, or the gradient of those
     matrices.
     """
     if isinstance(right, CutParameter | CutTranspose):
-        return _torch_grouped_mm(
+        return torch_grouped_product(
             left, right, offs=offs, **others
         )  # which calls this function again, as it does torch's
     if right.dim() == 3:

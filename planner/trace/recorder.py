@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from chunkplan.engine.torch_internals import TorchDispatchMode, storage_key
 from chunkplan.planner.trace.gradient_sums import is_in_place, unheld
 from chunkplan.planner.trace.kernels import kernel_scratch_bytes
 from chunkplan.planner.trace.step_trace import CATEGORIES, Segment
@@ -85,11 +85,11 @@ class MemoryTrace(TorchDispatchMode):
     def ignore(self, tensor: Tensor) -> None:
         """Do not count the tensor's storage: it was there before the step."""
         storage = tensor.untyped_storage()
-        self._live[storage._cdata] = (-1, weakref.ref(storage, self._forget(storage._cdata)))
+        self._live[storage_key(storage)] = (-1, weakref.ref(storage, self._forget(storage_key(storage))))
 
     def block_of(self, tensor: Tensor) -> int:
         """The block that holds the tensor, or −1."""
-        entry = self._live.get(tensor.untyped_storage()._cdata)
+        entry = self._live.get(storage_key(tensor.untyped_storage()))
         return entry[0] if entry else -1
 
     def finished_segments(self) -> tuple[Segment, ...]:
@@ -109,7 +109,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def _take_over(self, tensor: Tensor) -> int:
         """The tensor's block, which another tensor gets: the end of this one no longer frees it."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor.untyped_storage())
         block, reference = self._live[key]
         self._live[key] = (-1, reference)
         return block
@@ -148,7 +148,7 @@ class MemoryTrace(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._live:
+                if storage_key(storage) not in self._live:
                     is_new = True
                     self._watch(storage, storage.nbytes())
         scratch = kernel_scratch_bytes(func, args, out, self._device_kind)
@@ -176,7 +176,7 @@ class MemoryTrace(TorchDispatchMode):
         return made[0] if outcome.is_single else tuple(made)
 
     def _watch(self, storage: Any, size_bytes: int) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         block, self._taken_over = self._taken_over, None
         if block is None:
             block = self._allocate(size_bytes, self.category) if size_bytes else -1
@@ -194,8 +194,8 @@ class MemoryTrace(TorchDispatchMode):
         outputs: tuple[Any, ...] = (out,) if is_single else tuple(out) if isinstance(out, tuple) else ()
         tensors = [value for value in outputs if isinstance(value, Tensor)]
         storages = [tensor.untyped_storage() for tensor in tensors]
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *kwargs.values()))}
-        own = {storage._cdata for storage in storages}
+        given = {storage_key(tensor.untyped_storage()) for tensor in _tensors((*args, *kwargs.values()))}
+        own = {storage_key(storage) for storage in storages}
         fits = all(
             storage.nbytes() == torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta").nbytes
             for t, storage in zip(tensors, storages, strict=True)

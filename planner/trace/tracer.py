@@ -30,6 +30,7 @@ from chunkplan.engine.optimizer.expansion import Expansion
 from chunkplan.engine.spec import CheckpointedLayers, StepSpec, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.engine.stream.parameters import ParameterStream
+from chunkplan.engine.torch_internals import storage_key
 from chunkplan.engine.training.step import compute_loss, forward_backward, prepared
 from chunkplan.planner.trace.autocast import traced_autocast
 from chunkplan.planner.trace.kernels import traced_kernels
@@ -86,7 +87,7 @@ class ModelTracer:
         before = {id(p) for p in inputs.parameters()} if isinstance(inputs, nn.Module) else set()
         first_layer = next((i for i, layer in enumerate(layer_of) if layer >= 0), len(layer_of))
         head, loss_rows = self._head()
-        buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in self.model.buffers()}
+        buffers = {storage_key(b.untyped_storage()): b.untyped_storage().nbytes() for b in self.model.buffers()}
         stream = {id(p) for p in self.stream.parameters}
         return ModelStructure(
             tuple(self.stream.infos),

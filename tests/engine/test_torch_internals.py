@@ -8,7 +8,7 @@ import torch
 from chunkplan.engine.torch_internals import CHECKED_VERSIONS
 
 ROOT = Path(__file__).parents[2]
-_INSIDE = re.compile(r"torch\._\w|torch\.\w+\._\w|\._cdata\b|_use_count\(|_storage_Use_Count")
+_INSIDE = re.compile(r"torch\._[a-zA-Z]|torch\.\w+\._[a-zA-Z]|\._cdata\b|_use_count\(|_storage_Use_Count")
 _PUBLIC = re.compile(r"torch\.cuda\._memory_viz|torch\.cuda\.memory\._snapshot")
 
 
