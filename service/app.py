@@ -83,7 +83,7 @@ def create_app(settings: Settings, *, planner: Planner | None = None, clock: Clo
         max_depth=settings.max_json_depth,
     )
     app.add_middleware(Gate, access=services.access, settings=settings, clock=services.clock)
-    app.add_middleware(RequestContext, metrics=services.metrics)
+    app.add_middleware(RequestContext, answered=services.metrics.answered)
     return app
 
 

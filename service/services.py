@@ -14,10 +14,11 @@ from chunkplan.service.execution.replanning import Replanner
 from chunkplan.service.execution.supervisor import Supervisor
 from chunkplan.service.files.service import FileService
 from chunkplan.service.jobs.feed import EventFeed
+from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.service import JobService
 from chunkplan.service.kit.clock import Clock, SystemClock
 from chunkplan.service.machines.devices import local_devices
-from chunkplan.service.operation.metrics import Metrics
+from chunkplan.service.operation.metrics import Metrics, Queue
 from chunkplan.service.operation.retention import Housekeeper
 from chunkplan.service.plans.planning_process import Planner, PlannerProcess
 from chunkplan.service.plans.service import PlanService
@@ -61,9 +62,9 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
     own_planner = PlannerProcess(
         settings.plan_timeout_seconds, settings.plan_queue_seconds, settings.plan_memory_bytes, settings.plan_processes
     )
-    metrics = Metrics(database, clock)
+    metrics = Metrics(lambda: _queue(database), clock)
     plans = PlanService(database, planner or own_planner, settings, clock, metrics)
-    files = FileService(database, settings, clock)
+    files = FileService(database, settings, clock, lambda session, file_id: JobRepository(session).uses_file(file_id))
     devices = local_devices(settings.devices, settings.max_jobs_per_device)
     supervisor = Supervisor(
         database,
@@ -95,3 +96,9 @@ def build_services(settings: Settings, planner: Planner | None = None, clock: Cl
         stream_turns=Turns("too_many_streams", "event streams"),
         closing=closing,
     )
+
+
+def _queue(database: Database) -> Queue:
+    with database.read() as session:
+        jobs = JobRepository(session)
+        return jobs.count_by_state(), jobs.oldest_queued_at()

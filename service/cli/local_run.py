@@ -75,7 +75,7 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
     spec = run_spec(
         request,
         plan,
-        resolved_training(request.training, plan) if plan.fits else request.training,
+        resolved_training(request.training, plan),
         job_id=f"local-{request.name}",
         model_folder=model_folder,
         dataset_path=dataset,

@@ -83,7 +83,8 @@ def _options(group: _Group) -> list[tuple[inspect.Parameter, tuple[str, ...], Fi
         kind = _kind(field)
         flag = f"--{called.replace('_', '-')}"
         option = typer.Option(flag, help=_help(field), rich_help_panel=group.title, show_default=False)
-        annotation = Annotated[bool if kind is bool else kind | None, option]
+        asked: Any = bool if kind is bool else kind | None
+        annotation: Any = Annotated[asked, option]
         parameter = inspect.Parameter(
             called,
             inspect.Parameter.KEYWORD_ONLY,

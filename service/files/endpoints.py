@@ -11,10 +11,12 @@ from chunkplan.engine.errors import InputError
 from chunkplan.service.errors import NotFound
 from chunkplan.service.files.repository import FileRepository
 from chunkplan.service.files.schemas import FileDeleted, FileView
-from chunkplan.service.http.dependencies import CONTENT, CallerDep, FilesDep, ReadSession
+from chunkplan.service.files.service import FileService
+from chunkplan.service.http.dependencies import CONTENT, CallerDep, ReadSession, part
 from chunkplan.service.kit.paging import OptionalText, Page, WidestWindowDep
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+FilesDep = Annotated[FileService, part("files")]
 
 
 @router.post("", status_code=201)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
@@ -15,7 +16,6 @@ from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import FileRow
 from chunkplan.service.errors import Conflict
 from chunkplan.service.files.repository import FileRepository
-from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.kit.clock import Clock
 from chunkplan.service.kit.ids import new_id
 from chunkplan.service.settings import Settings
@@ -27,7 +27,11 @@ _MAX_NAME_LENGTH = 200
 class FileService:
     """Stores and removes uploads."""
 
-    def __init__(self, database: Database, settings: Settings, clock: Clock) -> None:
+    def __init__(
+        self, database: Database, settings: Settings, clock: Clock, user_of: Callable[[Session, str], str | None]
+    ) -> None:
+        self._user_of = user_of
+        """Finds the unfinished job that trains on a file."""
         self._database = database
         self._settings = settings
         self._folder = settings.files_dir
@@ -82,7 +86,7 @@ class FileService:
         with self._database.of(project).write() as session:
             files = FileRepository(session)
             row = files.get(file_id)
-            job_id = JobRepository(session).uses_file(file_id)
+            job_id = self._user_of(session, file_id)
             if job_id is not None:
                 raise Conflict("file_in_use", f"job {job_id} trains on this file; cancel it first")
             files.delete(row)

@@ -18,20 +18,20 @@ from chunkplan.service.fine_tuning.requests import FineTuningRequest, in_their_w
 from chunkplan.service.fine_tuning.schemas import FineTuningCheckpointView, FineTuningEventView, FineTuningJobView
 from chunkplan.service.http.dependencies import (
     CallerDep,
-    JobsDep,
     PlanTurn,
     ReadSession,
+    Services,
     ServicesDep,
     StreamTurn,
     WriteSession,
 )
 from chunkplan.service.http.examples import FINE_TUNING
 from chunkplan.service.job_states import JobState
+from chunkplan.service.jobs.endpoints import JobsDep
 from chunkplan.service.jobs.idempotency import HEADER
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.stream import LastEvent, StreamedJob
 from chunkplan.service.kit.paging import LongWindowDep, Page, WindowDep
-from chunkplan.service.services import Services
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning (OpenAI)"])
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -29,7 +29,8 @@ def _unless_auto(value: object) -> object:
     return None if value == "auto" else value
 
 
-_COUNT, _FACTOR = Annotated[int, Field(ge=1, le=1_000_000)], Annotated[float, Field(gt=0)]
+_COUNT: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
+_FACTOR: TypeAlias = Annotated[float, Field(gt=0)]
 Count = Annotated[_COUNT | None, BeforeValidator(_unless_auto, json_schema_input_type=Literal["auto"] | _COUNT | None)]
 Factor = Annotated[
     _FACTOR | None, BeforeValidator(_unless_auto, json_schema_input_type=Literal["auto"] | _FACTOR | None)

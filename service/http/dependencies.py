@@ -11,10 +11,7 @@ from sqlalchemy.orm import Session
 
 from chunkplan.service.access.gate import CALLER, require
 from chunkplan.service.access.keys import Caller, Scope
-from chunkplan.service.files.service import FileService
-from chunkplan.service.jobs.service import JobService
-from chunkplan.service.plans.service import PlanService
-from chunkplan.service.services import Services
+from chunkplan.service.services import Services as Services  # routes take the type from here
 
 
 async def _services(request: Request) -> Services:
@@ -32,6 +29,15 @@ async def _caller(request: Request) -> Caller:
 ServicesDep = Annotated[Services, Depends(_services)]
 CallerDep = Annotated[Caller, Depends(_caller)]
 """Who asks; the gate has let them in."""
+
+
+def part(name: str) -> Any:
+    """Return what a route takes one of the services by: ``Annotated[JobService, part("jobs")]``."""
+
+    async def find(services: ServicesDep) -> Any:
+        return getattr(services, name)
+
+    return Depends(find)
 
 
 async def _admin(caller: CallerDep) -> None:
@@ -58,18 +64,6 @@ def _read_widely(
 def _write(services: ServicesDep, caller: CallerDep) -> Iterator[Session]:
     with services.database.of(caller.project).write() as session:
         yield session
-
-
-async def _plans(services: ServicesDep) -> PlanService:
-    return services.plans
-
-
-async def _jobs(services: ServicesDep) -> JobService:
-    return services.jobs
-
-
-async def _files(services: ServicesDep) -> FileService:
-    return services.files
 
 
 async def _plan_turn(services: ServicesDep, caller: CallerDep) -> AsyncIterator[None]:
@@ -101,9 +95,6 @@ DashboardSession = Annotated[Session, Depends(_read_widely, scope="function")]
 """Sees the caller's project, or every one where an admin asks for it."""
 WriteSession = Annotated[Session, Depends(_write, scope="function")]
 """Sees and changes the caller's project, and nothing else."""
-PlansDep = Annotated[PlanService, Depends(_plans)]
-JobsDep = Annotated[JobService, Depends(_jobs)]
-FilesDep = Annotated[FileService, Depends(_files)]
 
 AdminOnly = Depends(_admin)
 PlanTurn = Depends(_plan_turn, scope="function")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 
 import structlog
@@ -15,7 +16,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkplan.service.access.gate import CALLER
 from chunkplan.service.errors import problem_response, unexpected
-from chunkplan.service.operation.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -28,9 +28,10 @@ class RequestContext:
     answered.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, answered: Callable[[str, str, int, float], None]) -> None:
         self._app = app
-        self._metrics = metrics
+        self._answered = answered
+        """Takes method, route, status and seconds of every request."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,8 +66,7 @@ class RequestContext:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path_format", None) or "unmatched"
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.requests.labels(method, route, status).inc()
-        self._metrics.request_seconds.labels(method, route).observe(seconds)
+        self._answered(method, route, status, seconds)
         is_routine = status < HTTPStatus.BAD_REQUEST and method in _READING
         write = log.debug if is_routine else log.info
         caller = scope.get(CALLER)

@@ -1,17 +1,8 @@
-"""The API's description: what FastAPI finds out, and what can go wrong where, which follows from method and
-path.
-
-``python -m chunkplan.service.http.openapi docs/openapi.json`` writes the copy that is kept, and that a test
-compares.
-"""
+"""The API's description: what FastAPI finds out, and what can go wrong where, by method and path."""
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -53,20 +44,3 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> set[int]:
     if method != "get":
         found |= {409, 413}
     return found
-
-
-def kept_document() -> str:
-    """The document of this code as it is kept; the version number is left to the running service."""
-    from chunkplan.service.app import create_app
-    from chunkplan.service.settings import Settings
-
-    with tempfile.TemporaryDirectory() as folder:
-        app = create_app(Settings(data_dir=Path(folder), database_url=f"sqlite:///{folder}/openapi.db"))
-        document = describe(app)
-        app.state.services.database.dispose()
-    document["info"]["version"] = "0"
-    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(kept_document())

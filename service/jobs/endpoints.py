@@ -12,11 +12,11 @@ from chunkplan.service.db.tables import JobRow
 from chunkplan.service.http.dependencies import (
     CONTENT,
     CallerDep,
-    JobsDep,
     PlanTurn,
     ReadSession,
     ServicesDep,
     WriteSession,
+    part,
 )
 from chunkplan.service.http.examples import JOB
 from chunkplan.service.job_states import JobState
@@ -32,9 +32,11 @@ from chunkplan.service.jobs.schemas import (
     JobView,
     MetricView,
 )
+from chunkplan.service.jobs.service import JobService
 from chunkplan.service.kit.paging import LongWindowDep, OptionalText, Page, WindowDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+JobsDep = Annotated[JobService, part("jobs")]
 
 
 @router.post("", response_model=JobView, status_code=201, responses={200: {"model": DryRun}}, dependencies=[PlanTurn])

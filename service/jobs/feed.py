@@ -88,7 +88,7 @@ class EventFeed:
             look = self._look
             is_old = time.monotonic() - look.at >= self._poll_seconds
             if is_old or job_id not in look.heads or caller not in look.callers:
-                jobs, callers = ({stream[place] for stream in self._streams} for place in (0, 1))
+                jobs, callers = {job for job, _ in self._streams}, {caller for _, caller in self._streams}
                 self._look = await to_thread.run_sync(self._look_again, jobs, callers)
             return self._look
 

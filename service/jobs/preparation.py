@@ -9,7 +9,7 @@ from pathlib import Path
 from chunkplan.engine.data import check_dataset
 from chunkplan.engine.data.rows import FormatChoice
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import DatasetSpec, JobRequest, JobTraining, ModelPath, ModelRef, TrainingSpec, parse
+from chunkplan.engine.spec import DatasetSpec, JobRequest, ModelPath, ModelRef, ResolvedJobTraining, TrainingSpec, parse
 from chunkplan.planner.catalog import find_gpu, find_model
 from chunkplan.planner.spec import GpuSpec, Plan, PlanRequest
 from chunkplan.service.db import Database
@@ -37,7 +37,7 @@ class PreparedJob:
     validation_path: Path | None
     choice: Choice
     plan: Plan
-    training: JobTraining
+    training: ResolvedJobTraining
 
 
 class JobPreparation:

@@ -12,8 +12,7 @@ from starlette.responses import Response
 
 from chunkplan.service.db import current_revision, head_revision
 from chunkplan.service.errors import Busy
-from chunkplan.service.http.dependencies import AdminOnly, ServicesDep
-from chunkplan.service.services import Services
+from chunkplan.service.http.dependencies import AdminOnly, Services, ServicesDep
 
 router = APIRouter(tags=["operation"])
 """Open to all."""

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from chunkplan.service.db import Database
 from chunkplan.service.job_states import JobState
-from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.kit.clock import Clock
 
 _PLAN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 _RESIDUAL_BUCKETS = (-0.1, -0.05, -0.03, -0.01, 0.0, 0.01, 0.03, 0.05, 0.1, 0.2)
 
 
+Queue = tuple[Mapping[JobState, int], datetime | None]
+"""Number of jobs in each state, and since when the oldest queued one waits."""
+
+
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    def __init__(self, queue: Callable[[], Queue], clock: Clock) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "chunkplan_requests", "HTTP requests.", ["method", "route", "status"], registry=self.registry
@@ -61,7 +64,12 @@ class Metrics:
             ["device"],
             registry=self.registry,
         )
-        self.registry.register(_QueueCollector(database, clock))
+        self.registry.register(_QueueCollector(queue, clock))
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Counts a request that was answered."""
+        self.requests.labels(method, route, status).inc()
+        self.request_seconds.labels(method, route).observe(seconds)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
@@ -69,8 +77,8 @@ class Metrics:
 
 
 class _QueueCollector(Collector):
-    def __init__(self, database: Database, clock: Clock) -> None:
-        self._database = database
+    def __init__(self, queue: Callable[[], Queue], clock: Clock) -> None:
+        self._queue = queue
         self._clock = clock
 
     def describe(self) -> list[GaugeMetricFamily]:
@@ -79,9 +87,7 @@ class _QueueCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Jobs by state and the age of the queue."""
-        with self._database.read() as session:
-            jobs = JobRepository(session)
-            counted, oldest = jobs.count_by_state(), jobs.oldest_queued_at()
+        counted, oldest = self._queue()
         states = GaugeMetricFamily("chunkplan_jobs", "Jobs by state.", labels=["state"])
         for state, count in counted.items():
             states.add_metric([state.value], count)

@@ -10,13 +10,15 @@ from starlette.responses import JSONResponse, Response
 
 from chunkplan.planner.report.formats import Format
 from chunkplan.planner.spec import Plan, PlanRequest, Timeline
-from chunkplan.service.http.dependencies import CallerDep, PlansDep, PlanTurn, ReadSession, ServicesDep, plan_turn
+from chunkplan.service.http.dependencies import CallerDep, PlanTurn, ReadSession, ServicesDep, part, plan_turn
 from chunkplan.service.http.examples import COMPARISON, PLAN
 from chunkplan.service.kit.paging import OptionalText, Page, WindowDep
 from chunkplan.service.plans.repository import PlanRepository
 from chunkplan.service.plans.schemas import CompareRequest, Comparison, PerfettoTrace, PlanSummary, Refusal
+from chunkplan.service.plans.service import PlanService
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
+PlansDep = Annotated[PlanService, part("plans")]
 
 _FILE_TYPES: dict[Format, tuple[str, str]] = {
     "json": ("application/json", ".json"),
@@ -39,6 +41,7 @@ async def create_plan(
     if answer is None:
         async with plan_turn(services, caller):
             answer, is_new = await run_in_threadpool(plans.answer, caller.project, request)
+    assert answer is not None
     headers = {"Location": f"/v1/plans/{answer.plan_id}", "ETag": f'"{answer.plan_id}"'}
     return Response(answer.body, 201 if is_new else 200, headers, media_type="application/json")
 

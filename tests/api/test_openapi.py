@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkplan.service.http.openapi import kept_document
+from chunkplan.service.write_openapi import kept_document
 
 SNAPSHOT = Path(__file__).parents[2] / "docs" / "openapi.json"
 
@@ -18,7 +18,7 @@ def document():
 def test_the_description_is_the_one_that_is_kept(document):
     assert document == json.loads(SNAPSHOT.read_text()), (
         "the API has changed: if that is meant, run "
-        "`python -m chunkplan.service.http.openapi docs/openapi.json` and commit it"
+        "`python -m chunkplan.service.write_openapi docs/openapi.json` and commit it"
     )
 
 

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import chunkplan
 from chunkplan.service.execution.executors.process_identity import ProcessIdentity
@@ -21,6 +22,12 @@ _KEPT_SETTINGS = {"CHUNKPLAN_CACHE_DIR"}
 class _Running:
     process: subprocess.Popen[bytes]
     identity: str
+
+    @property
+    def pipe(self) -> IO[bytes]:
+        """The process's standard input, by which it is told to begin."""
+        assert self.process.stdin is not None
+        return self.process.stdin
 
 
 class LocalExecution:
@@ -62,10 +69,10 @@ class LocalExecution:
 
     def begin(self, attempt_id: str) -> None:
         """See `Execution.begin`."""
-        pipe = self._running[attempt_id].process.stdin
+        running = self._running[attempt_id]
         with suppress(BrokenPipeError):
-            pipe.write(b"\n")
-            pipe.close()
+            running.pipe.write(b"\n")
+            running.pipe.close()
 
     def stop(self, attempt_id: str) -> None:
         """See `Execution.stop`."""
@@ -85,7 +92,7 @@ class LocalExecution:
     def forget(self, attempt_id: str) -> None:
         """See `Execution.forget`."""
         with suppress(BrokenPipeError):
-            self._running.pop(attempt_id).process.stdin.close()
+            self._running.pop(attempt_id).pipe.close()
 
 
 def _environment() -> dict[str, str]:
