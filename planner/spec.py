@@ -94,7 +94,7 @@ class PlanRequest(SpecModel):
 class Result(BaseModel):
     """Base of what the planner returns."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class Breakdown(Result):

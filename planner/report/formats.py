@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from chunkplan.engine.errors import InputError
-from chunkplan.planner.search.evaluator import Evaluator
 from chunkplan.planner.spec import Breakdown, Plan, Timeline, TimelinePoint
 
 Format = Literal["json", "perfetto", "memory_snapshot", "svg", "png"]
@@ -72,6 +71,7 @@ def export(planned: Plan, form: Format, chunk_index: int | None = None) -> bytes
 
 def _snapshot(planned: Plan, chunk_index: int) -> bytes:
     from chunkplan.planner.report.snapshot import snapshot, to_pickle
+    from chunkplan.planner.search.evaluator import Evaluator
 
     if not 0 <= chunk_index < len(planned.chunks):
         raise InputError("chunk", f"must be between 0 and {len(planned.chunks) - 1} (got {chunk_index})")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.protocol import EXIT_COMPLETED, EXIT_DEVICE_BUSY, EXIT_STOPPED
 from chunkplan.service.cli.exits import FAILED, CommandError
 from chunkplan.service.cli.output import JsonOption, console, number, print_json
 from chunkplan.service.cli.planning import require_fit
@@ -166,6 +165,8 @@ def _check(outcome: Outcome, run: LocalRun) -> None:
         InputError: the trainer refused its input.
         CommandError: it stopped or failed.
     """
+    from chunkplan.engine.protocol import EXIT_COMPLETED, EXIT_DEVICE_BUSY, EXIT_STOPPED
+
     if outcome.exit_code == EXIT_COMPLETED:
         return
     if outcome.exit_code == EXIT_STOPPED:

@@ -1,3 +1,3 @@
 """The short name of :mod:`chunkplan.planner`."""
 
-from chunkplan.planner import *  # noqa: F403
+from chunkplan.planner import __all__, __getattr__  # noqa: F401
