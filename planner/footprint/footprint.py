@@ -25,7 +25,7 @@ from chunkplan.planner.footprint.folded import (
 )
 from chunkplan.planner.footprint.replay_programs import Interned, StepPrograms, UpdateProgram
 from chunkplan.planner.spec import GpuSpec
-from chunkplan.planner.timing.roofline import Passage, Rates, passage, rates, transfer_seconds
+from chunkplan.planner.timing.roofline import Rates, TransferTime, passage, rates, transfer_seconds
 from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
 from chunkplan.planner.trace.store import TraceStore, deciding_an_update
 from chunkplan.planner.trace.structure import ModelStructure, chunk_roles, stand_ins
@@ -111,7 +111,7 @@ class _SliceFigures:
     net: int
     seconds: float
     """Of the update alone."""
-    passage: Passage
+    passage: TransferTime
     states_bytes: int
     """On the device."""
 
@@ -532,18 +532,18 @@ class Footprints:
             states_bytes=states_bytes,
         )
 
-    def _passage(self, piece: Slice, schedule: ResolvedSchedule, update: Update, seconds: float) -> Passage:
+    def _passage(self, piece: Slice, schedule: ResolvedSchedule, update: Update, seconds: float) -> TransferTime:
         """A slice's update of so many seconds, with what its states' way to the device and back
         adds to it.
         """
         if self.gpu.kind == "cpu":
-            return Passage(seconds, 0.0)  # copies are part of the traced work there
+            return TransferTime(seconds, 0.0)  # copies are part of the traced work there
         one_way = transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
         num_blocks = len(StateLayout.of(self.training, schedule).blocks(piece.numel, self._num_columns(piece)))
         bring, send = one_way * update.comes, one_way * update.leaves
         return passage(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
 
-    def _passages_seconds(self, passages: Iterable[Passage], update: Update) -> float:
+    def _passages_seconds(self, passages: Iterable[TransferTime], update: Update) -> float:
         """Of slices one after another; where they share their buffers there is no pause between them."""
         passages = list(passages)
         edges = [each.edges for each in passages]

@@ -93,7 +93,7 @@ def transfer_seconds(num_bytes: int, gpu: GpuSpec) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class TransferTime:
     """Seconds of an update block by block, while states come and go beside it."""
 
     steady: float
@@ -103,7 +103,7 @@ class Passage:
     """
 
 
-def passage(update: float, bring: float, send: float, num_blocks: int, *, takes_turns: bool) -> Passage:
+def passage(update: float, bring: float, send: float, num_blocks: int, *, takes_turns: bool) -> TransferTime:
     """What :mod:`chunkplan.engine.optimizer.state_transfer` makes of updates and copies.
 
     A block's states come while the block before it is updated, and leave while the block after it is. Where
@@ -119,4 +119,4 @@ def passage(update: float, bring: float, send: float, num_blocks: int, *, takes_
     """
     in_turn = (update + bring + send) / 2 if takes_turns else 0.0
     steady = max(update, bring, send, in_turn)
-    return Passage(steady, (update + bring + send - steady) / num_blocks)
+    return TransferTime(steady, (update + bring + send - steady) / num_blocks)

@@ -29,7 +29,7 @@ _ACTIVATIONS, _WORKSPACE = CATEGORIES.index("activations"), CATEGORIES.index("wo
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class OperationOutcome:
     """What an operation returns and costs, given its arguments' shapes."""
 
     tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
@@ -43,7 +43,7 @@ class Outcome:
     """FLOPs and bytes moved; None for what only makes room."""
 
 
-Known: TypeAlias = dict[Any, Outcome | None]
+Known: TypeAlias = dict[Any, OperationOutcome | None]
 """Outcomes by operation and arguments' shapes; None where torch must be asked each time."""
 
 
@@ -158,7 +158,7 @@ class MemoryTrace(TorchDispatchMode):
             self._work[_work(func, args, kwargs, out)] += 1
         return out
 
-    def _again(self, outcome: Outcome) -> Any:
+    def _again(self, outcome: OperationOutcome) -> Any:
         """What :meth:`_run` would do, without asking torch."""
         made: list[Tensor | None] = []
         sizes = iter(outcome.size_bytes)
@@ -182,14 +182,14 @@ class MemoryTrace(TorchDispatchMode):
             block = self._allocate(size_bytes, self.category) if size_bytes else -1
         self._live[key] = (block, weakref.ref(storage, self._forget(key)))
 
-    def _outcome(self, func: Any, args: Any, kwargs: Any, out: Any) -> Outcome | None:
+    def _outcome(self, func: Any, args: Any, kwargs: Any, out: Any) -> OperationOutcome | None:
         """None when what is returned is neither new tensors, each with its own storage, nor the first
         argument.
         """
         work = None if func.overloadpacket in _NO_WORK else _work(func, args, kwargs, out)
         scratch = kernel_scratch_bytes(func, args, out, self._device_kind)
         if _kind(func) == _CHANGES:
-            return Outcome((), False, (), scratch, work) if out is args[0] else None
+            return OperationOutcome((), False, (), scratch, work) if out is args[0] else None
         is_single = isinstance(out, Tensor)
         outputs: tuple[Any, ...] = (out,) if is_single else tuple(out) if isinstance(out, tuple) else ()
         tensors = [value for value in outputs if isinstance(value, Tensor)]
@@ -203,7 +203,7 @@ class MemoryTrace(TorchDispatchMode):
         others = any(value is not None and not isinstance(value, Tensor) for value in outputs)
         if not tensors or others or not fits or own & given or len(own) < len(tensors):
             return None
-        return Outcome(
+        return OperationOutcome(
             tuple((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else None for v in outputs),
             is_single,
             tuple(storage.nbytes() for storage in storages),

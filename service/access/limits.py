@@ -60,7 +60,7 @@ class Buckets:
 
 
 @dataclass
-class _Lane:
+class _WaitingLine:
     semaphore: anyio.Semaphore
     num_inside: int = 0
     """Waiting ones included."""
@@ -74,7 +74,7 @@ class Turns:
     """Of the refusal."""
     what: str
     """What there is too much of, as the refusal says it."""
-    _lanes: dict[str, _Lane] = field(default_factory=dict)
+    _lanes: dict[str, _WaitingLine] = field(default_factory=dict)
 
     @asynccontextmanager
     async def turn(
@@ -85,7 +85,7 @@ class Turns:
         Raises:
             TooMany: too many wait already, or it took too long.
         """
-        lane = self._lanes.setdefault(name, _Lane(anyio.Semaphore(at_once)))
+        lane = self._lanes.setdefault(name, _WaitingLine(anyio.Semaphore(at_once)))
         if lane.num_inside >= at_once + max_waiting:
             raise self._refusal(f"{lane.num_inside} {self.what} at once")
         lane.num_inside += 1

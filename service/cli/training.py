@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.2
 
 
-class Sample(NamedTuple):
+class MeasuredPhase(NamedTuple):
     """What `chunkplan.planner.calibration.residuals` needs of a measured phase."""
 
     chunk_index: int
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Outcome:
+class LocalOutcome:
     """What a run reported."""
 
     exit_code: int | None = None
@@ -46,7 +46,7 @@ class Outcome:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     coverage: dict[str, Any] | None = None
     artifacts: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[MeasuredPhase] = field(default_factory=list)
 
     def add(self, kind: str, data: dict[str, Any]) -> None:
         """Take in one event."""
@@ -88,14 +88,14 @@ def train(
     _report(outcome, run, as_json=as_json)
 
 
-def _run(run: LocalRun, *, quiet: bool) -> Outcome:
+def _run(run: LocalRun, *, quiet: bool) -> LocalOutcome:
     """Run one attempt to its end."""
     from chunkplan.service.execution.executors.local import LocalExecution
 
     execution = LocalExecution(run.locks_dir)
     execution.start(run.launch)
     execution.begin(run.launch.attempt_id)
-    outcome = Outcome()
+    outcome = LocalOutcome()
     with _interrupts(execution, run.launch.attempt_id), _view(quiet=quiet) as view:
         for kind, data in _events(execution, run, outcome):
             outcome.add(kind, data)
@@ -104,7 +104,7 @@ def _run(run: LocalRun, *, quiet: bool) -> Outcome:
     return outcome
 
 
-def _events(execution: LocalExecution, run: LocalRun, outcome: Outcome) -> Iterator[tuple[str, dict[str, Any]]]:
+def _events(execution: LocalExecution, run: LocalRun, outcome: LocalOutcome) -> Iterator[tuple[str, dict[str, Any]]]:
     """The attempt's events as they come, until it has ended; samples go into the outcome."""
     from chunkplan.engine.protocol import StepEvent
     from chunkplan.service.execution.records.messages import read_messages
@@ -118,7 +118,8 @@ def _events(execution: LocalExecution, run: LocalRun, outcome: Outcome) -> Itera
         for message in batch.messages:
             if isinstance(message, StepEvent):
                 outcome.samples += [
-                    Sample(message.chunk_index, sample.phase, sample.allocated_bytes) for sample in message.samples
+                    MeasuredPhase(message.chunk_index, sample.phase, sample.allocated_bytes)
+                    for sample in message.samples
                 ]
             yield message.type, message.data
         if exit_code is not None and not batch.messages:
@@ -158,7 +159,7 @@ def _interrupts(execution: LocalExecution, attempt_id: str) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def _check(outcome: Outcome, run: LocalRun) -> None:
+def _check(outcome: LocalOutcome, run: LocalRun) -> None:
     """Pass a run that finished.
 
     Raises:
@@ -180,7 +181,7 @@ def _check(outcome: Outcome, run: LocalRun) -> None:
     raise CommandError(f"{failure.get('reason', 'failed')}: {detail}; see {run.log_file}", FAILED)
 
 
-def _report(outcome: Outcome, run: LocalRun, *, as_json: bool) -> None:
+def _report(outcome: LocalOutcome, run: LocalRun, *, as_json: bool) -> None:
     from chunkplan.planner.calibration.residuals import residuals
 
     compared = [item.model_dump(mode="json") for item in residuals(run.plan, outcome.samples)]

@@ -35,7 +35,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """A finished request's response."""
 
     status_code: int
@@ -52,7 +52,7 @@ class IdempotencyKeys:
         self._clock = clock
         self._claim_duration = timedelta(seconds=claim_seconds)
 
-    def claim(self, project: str, key: str, body_sha256: str) -> Claim | Answer:
+    def claim(self, project: str, key: str, body_sha256: str) -> Claim | StoredAnswer:
         """Take a key for a request, or get the answer that was given under it.
 
         Raises:
@@ -71,7 +71,7 @@ class IdempotencyKeys:
             return self._existing(claim, body_sha256, now)
         return claim
 
-    def answer(self, session: Session, claim: Claim, answer: Answer) -> None:
+    def answer(self, session: Session, claim: Claim, answer: StoredAnswer) -> None:
         """Remember the answer, in the unit of work that did what was asked.
 
         Raises:
@@ -102,7 +102,7 @@ class IdempotencyKeys:
             claim_expires_at=now + self._claim_duration,
         )
 
-    def _existing(self, claim: Claim, body_sha256: str, now: datetime) -> Claim | Answer:
+    def _existing(self, claim: Claim, body_sha256: str, now: datetime) -> Claim | StoredAnswer:
         with self._database.write() as session:
             row = session.get(IdempotencyRow, (claim.project, claim.key), with_for_update=True)
             if row is None or (row.status_code is None and self._has_run_out(row.claim_expires_at, now)):
@@ -113,7 +113,7 @@ class IdempotencyKeys:
             if row.status_code is None:
                 raise Conflict("idempotency_in_flight", f"a request with this {HEADER} is still being worked on")
             assert row.response is not None
-            return Answer(row.status_code, row.location, row.response, replayed=True)
+            return StoredAnswer(row.status_code, row.location, row.response, replayed=True)
 
     def _has_run_out(self, expires_at: datetime, now: datetime) -> bool:
         """Also when it has longer to go than any claim has: the clock was set back."""

@@ -16,7 +16,7 @@ from chunkplan.service.db import Database
 from chunkplan.service.files.paths import Paths
 from chunkplan.service.files.repository import FileRepository
 from chunkplan.service.jobs.admission import admit, resolved_training
-from chunkplan.service.machines.devices import Choice, Device, choose
+from chunkplan.service.machines.devices import Device, DeviceChoice, choose
 from chunkplan.service.plans.repository import PlanRepository
 from chunkplan.service.plans.service import PlanService
 from chunkplan.service.settings import Settings
@@ -35,7 +35,7 @@ class PreparedJob:
     """Of the file as the user calls it: an upload is stored under its id."""
     num_rows: int
     validation_path: Path | None
-    choice: Choice
+    choice: DeviceChoice
     plan: Plan
     training: ResolvedJobTraining
 
@@ -106,7 +106,7 @@ class JobPreparation:
         _checked_rows(prefix, given, path, dataset.format)
         return path
 
-    def _plan(self, project: str, request: JobRequest, folder: Path, choice: Choice) -> Plan:
+    def _plan(self, project: str, request: JobRequest, folder: Path, choice: DeviceChoice) -> Plan:
         fields = request.training.model_dump(include=set(TrainingSpec.model_fields))
         training = parse(TrainingSpec, fields)
         if request.plan_id is not None:

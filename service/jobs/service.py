@@ -13,7 +13,7 @@ from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import JobRow
 from chunkplan.service.errors import Conflict
 from chunkplan.service.job_states import JobState, Reason
-from chunkplan.service.jobs.idempotency import Answer, IdempotencyKeys
+from chunkplan.service.jobs.idempotency import IdempotencyKeys, StoredAnswer
 from chunkplan.service.jobs.preparation import JobPreparation, PreparedJob
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.run_spec import run_spec, settings_warnings
@@ -86,7 +86,7 @@ class JobService:
             ),
         )
 
-    def submit(self, project: str, request: JobRequest, idempotency_key: str | None) -> Answer:
+    def submit(self, project: str, request: JobRequest, idempotency_key: str | None) -> StoredAnswer:
         """Checks, plans, admits and queues a job; at most once for an idempotency key.
 
         Raises:
@@ -101,7 +101,7 @@ class JobService:
                 return self._add(session, project, prepared)
         body_sha256 = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         claim = self._keys.claim(project, idempotency_key, body_sha256)
-        if isinstance(claim, Answer):
+        if isinstance(claim, StoredAnswer):
             return claim
         try:
             prepared = self._preparation.prepare(project, request)
@@ -138,7 +138,7 @@ class JobService:
             job.not_before = now
         return job
 
-    def _add(self, session: Session, project: str, prepared: PreparedJob) -> Answer:
+    def _add(self, session: Session, project: str, prepared: PreparedJob) -> StoredAnswer:
         jobs = JobRepository(session)
         self._check_quota(session, project, jobs)
         job = self._job(project, prepared, jobs.output_names)
@@ -152,7 +152,7 @@ class JobService:
             "predicted_bytes": prepared.plan.peak.upper_bytes,
         }
         add_event(session, job, "state", data, now=job.created_at)
-        return Answer(201, f"/v1/jobs/{job.id}", JobView.of(job).model_dump(mode="json"))
+        return StoredAnswer(201, f"/v1/jobs/{job.id}", JobView.of(job).model_dump(mode="json"))
 
     def _check_quota(self, session: Session, project: str, jobs: JobRepository) -> None:
         limit = self._settings.quota_of(project).max_open_jobs

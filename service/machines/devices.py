@@ -49,7 +49,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DeviceChoice:
     """Where a job may run, and what its plan is made for."""
 
     asked: str
@@ -70,7 +70,7 @@ class Choice:
         return self.given or self.device.gpu
 
 
-def choose(devices: Sequence[Device], asked: str | dict[str, Any] | None) -> Choice:
+def choose(devices: Sequence[Device], asked: str | dict[str, Any] | None) -> DeviceChoice:
     """Which devices a job that asks for this may run on: by default any of the first one's kind.
 
     Raises:
@@ -136,8 +136,8 @@ def _declared(setting: DeviceSetting, max_jobs: int) -> Device:
     return Device(setting.name, gpu, setting.memory_bytes, setting.max_jobs or max_jobs)
 
 
-def _choice(asked: str, devices: Sequence[Device], given: GpuSpec | None) -> Choice:
-    return Choice(asked, tuple(sorted(devices, key=lambda device: -device.memory_bytes)), given)
+def _choice(asked: str, devices: Sequence[Device], given: GpuSpec | None) -> DeviceChoice:
+    return DeviceChoice(asked, tuple(sorted(devices, key=lambda device: -device.memory_bytes)), given)
 
 
 def _inline_gpu(given: dict[str, Any]) -> GpuSpec:

@@ -15,14 +15,14 @@ MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PlanAnswer:
     """A plan as JSON."""
 
     plan_id: str
     body: bytes
 
     @classmethod
-    def of(cls, use: PlanUseRow) -> Answer:
+    def of(cls, use: PlanUseRow) -> PlanAnswer:
         """What a project that has asked for a plan is told."""
         text = json.dumps(use.plan.plan, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return cls(use.plan_id, text.encode())
@@ -34,10 +34,10 @@ class Answers:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._known: OrderedDict[tuple[str, str], Answer] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], PlanAnswer] = OrderedDict()
         self._lock = Lock()
 
-    def find(self, project: str, plan_id: str) -> Answer | None:
+    def find(self, project: str, plan_id: str) -> PlanAnswer | None:
         """What the project was told about a plan."""
         with self._lock:
             answer = self._known.get((project, plan_id))
@@ -45,7 +45,7 @@ class Answers:
                 self._known.move_to_end((project, plan_id))
             return answer
 
-    def keep(self, project: str, answer: Answer) -> Answer:
+    def keep(self, project: str, answer: PlanAnswer) -> PlanAnswer:
         """Keep an answer, in place of those that were asked for least lately."""
         key = project, answer.plan_id
         with self._lock:

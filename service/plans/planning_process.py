@@ -68,9 +68,9 @@ class PlannerProcess:
     ) -> None:
         self._queue_seconds = queue_seconds
         self._num_processes = num_processes
-        self._idle: queue.LifoQueue[_Lane] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[_ProcessLane] = queue.LifoQueue()
         for _ in range(num_processes):
-            self._idle.put(_Lane(timeout_seconds, memory_bytes))
+            self._idle.put(_ProcessLane(timeout_seconds, memory_bytes))
 
     def plan(self, request: PlanRequest) -> Plan:
         """See `planner.plan`.
@@ -114,7 +114,7 @@ class PlannerProcess:
         return rest[0]
 
 
-class _Lane:
+class _ProcessLane:
     """One process, which may be dead or not started yet."""
 
     def __init__(self, timeout_seconds: float, memory_bytes: int | None) -> None:

@@ -19,7 +19,7 @@ from chunkplan.service.files.paths import Paths
 from chunkplan.service.kit.clock import Clock
 from chunkplan.service.kit.json_limits import check_json
 from chunkplan.service.operation.metrics import Metrics
-from chunkplan.service.plans.answers import Answer, Answers
+from chunkplan.service.plans.answers import Answers, PlanAnswer
 from chunkplan.service.plans.planning_process import Planner
 from chunkplan.service.plans.repository import PlanRepository
 from chunkplan.service.plans.schemas import CompareRequest, Comparison, Refusal
@@ -58,7 +58,7 @@ class PlanService:
                 stored = self._row(self._planner.plan(request))
         return self._use(project, stored)
 
-    def known_answer(self, project: str, request: PlanRequest) -> Answer | None:
+    def known_answer(self, project: str, request: PlanRequest) -> PlanAnswer | None:
         """The answer to a request that the project has made before; raises as :meth:`plan` does. Needs no
         planner.
         """
@@ -68,14 +68,14 @@ class PlanService:
             return answer
         with self._database.read() as session:
             use = PlanRepository(session).find_use(plan_id, project)
-        return None if use is None else self._answers.keep(project, Answer.of(use))
+        return None if use is None else self._answers.keep(project, PlanAnswer.of(use))
 
-    def answer(self, project: str, request: PlanRequest) -> tuple[Answer, bool]:
+    def answer(self, project: str, request: PlanRequest) -> tuple[PlanAnswer, bool]:
         """The answer to any request, and whether the plan is new to the project; raises as
         :meth:`plan` does.
         """
         use, is_new = self.plan(project, request)
-        return self._answers.keep(project, Answer.of(use)), is_new
+        return self._answers.keep(project, PlanAnswer.of(use)), is_new
 
     def _use(self, project: str, row: PlanRow) -> tuple[PlanUseRow, bool]:
         """Stores that a project has asked for a plan, and the plan if nobody else had."""

@@ -14,7 +14,7 @@ from chunkplan.service.kit.paging import Window, by_number, newest_first
 
 
 @dataclass(frozen=True)
-class PhasePeak:
+class MeasuredPeak:
     """The highest sample of one phase of one chunk."""
 
     chunk_index: int
@@ -68,14 +68,14 @@ class ProfileRepository:
         """How many samples a job has."""
         return self._session.scalar(select(func.count()).where(SampleRow.job_id == job_id)) or 0
 
-    def phase_peaks(self, job_id: str) -> list[PhasePeak]:
+    def phase_peaks(self, job_id: str) -> list[MeasuredPeak]:
         """The highest sample of every phase of every chunk of a job."""
         statement = (
             select(SampleRow.chunk_index, SampleRow.phase, func.max(SampleRow.allocated_bytes))
             .where(SampleRow.job_id == job_id)
             .group_by(SampleRow.chunk_index, SampleRow.phase)
         )
-        return [PhasePeak(*values) for values in self._session.execute(statement)]
+        return [MeasuredPeak(*values) for values in self._session.execute(statement)]
 
     def memory_peaks(self, job_id: str) -> tuple[int, int]:
         """Highest reserved bytes and highest resident bytes of the trainer; 0 where the records are gone."""

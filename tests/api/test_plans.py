@@ -5,7 +5,7 @@ from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from chunkplan.service.app import create_app
-from chunkplan.service.plans.answers import Answer, Answers
+from chunkplan.service.plans.answers import Answers, PlanAnswer
 from tests.conftest import TINY_MODEL
 
 REQUEST = {"model": TINY_MODEL, "gpu": "rtx-4090", "training": {"seq_len": 128, "schedule": {"num_chunks": 8}}}
@@ -80,12 +80,12 @@ def test_what_was_answered_is_answered_again_without_the_database(client, servic
 def test_answers_are_kept_by_project_and_not_for_ever():
     answers = Answers(max_bytes=1000)
     for number in range(4):
-        answers.keep("ours", Answer(f"plan_{number}", bytes(300)))
+        answers.keep("ours", PlanAnswer(f"plan_{number}", bytes(300)))
         assert answers.find("ours", "plan_0"), "what is asked for stays"
     assert answers.find("ours", "plan_1") is None
     assert answers.find("ours", "plan_3") is not None
     assert answers.find("theirs", "plan_3") is None
-    answers.keep("ours", Answer("plan_large", bytes(2000)))
+    answers.keep("ours", PlanAnswer("plan_large", bytes(2000)))
     assert answers.find("ours", "plan_large") is None, "larger than everything that may be kept"
 
 
