@@ -16,7 +16,7 @@ from chunkplan.service.db import Database
 from chunkplan.service.db.base import Base
 from chunkplan.service.kit.clock import SystemClock
 from chunkplan.service.operation.logs import configure_logging
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 GIGABYTES_10 = 10 * 10**9
 MARK = "sk-should-not-be-anywhere"

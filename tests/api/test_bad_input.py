@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import func, select
 
 from chunkplan.service.db.tables import IdempotencyRow, JobRow, PlanRow
-from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
+from tests.support.requests import job_request
 
 
 def changed(body, path, value):

@@ -10,7 +10,7 @@ from sqlalchemy import delete
 from chunkplan.service.db.tables import MetricRow, SampleRow
 from chunkplan.service.execution.ledger import Ledger
 from chunkplan.service.profiles.percentiles import bucket_of, percentiles
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 from tests.support.run import STARTED, Reports, step
 
 GIB = 1 << 30

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 CONTENT = b'{"text": "one"}\n{"text": "two"}\n'
 

@@ -7,9 +7,9 @@ import pytest
 from chunkplan.service.db.tables import JobRow
 from chunkplan.service.fine_tuning.requests import FineTuningRequest, job_request
 from chunkplan.service.job_states import JobState
-from tests.api.requests import job_request as native_request
 from tests.conftest import TINY_MODEL
 from tests.support.live import TRAINING
+from tests.support.requests import job_request as native_request
 
 JOBS = "/v1/fine_tuning/jobs"
 SMALL = {"training": {**TRAINING, "max_steps": 8}}

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from chunkplan.service.jobs.idempotency import Claim, IdempotencyKeys
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 KEY = {"Idempotency-Key": "order-66"}
 

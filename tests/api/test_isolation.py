@@ -24,8 +24,8 @@ from chunkplan.service.db.tables import (
 )
 from chunkplan.service.job_states import JobState
 from chunkplan.service.kit.ids import new_id
-from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
+from tests.support.requests import job_request
 
 PLAN = {"model": TINY_MODEL, "gpu": "cpu", "training": {"seq_len": 64, "schedule": {"num_chunks": 4}}}
 MISSING = "0" * 26

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from chunkplan.service.app import create_app
 from chunkplan.service.errors import TooMany
 from chunkplan.service.http.middleware import is_nested_deeper
 from chunkplan.service.settings import Quota, Settings
-from tests.api.requests import job_request
 from tests.conftest import TINY_MODEL
+from tests.support.requests import job_request
 
 CONTENT = b'{"text": "one"}\n'
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 
 def test_health_does_not_depend_on_anything(client):

@@ -15,7 +15,7 @@ from chunkplan.service.kit.ids import new_id
 from chunkplan.service.machines.devices import Device
 from chunkplan.service.operation.retention import Retention
 from chunkplan.service.services import build_services
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from chunkplan.service.execution.dispatch import Dispatcher
 from chunkplan.service.execution.ledger import Ledger
 from chunkplan.service.execution.replanning import Replanner, wanted
 from chunkplan.service.job_states import JobState
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 from tests.support.run import STARTED, TIME, Reports, step
 from tests.support.waiting import wait_for
 

@@ -7,7 +7,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 
 @pytest.mark.slow

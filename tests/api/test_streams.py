@@ -7,7 +7,7 @@ from sqlalchemy import event
 from chunkplan.service.access.keys import ANYBODY
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.transitions import add_event
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 
 def submit(client, dataset):

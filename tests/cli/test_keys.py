@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 
 @pytest.fixture

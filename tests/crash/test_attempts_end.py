@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from tests.api.requests import job_request
 from tests.support.live import ENDLESS, gone
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 # test_server_killed.py runs on both databases; what is new here does not depend on which one it is.

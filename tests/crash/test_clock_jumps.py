@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from tests.api.requests import job_request
 from tests.support.live import ENDLESS, gone
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 JUMPING = "tests.support.jumping_server"

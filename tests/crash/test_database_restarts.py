@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.chaos_checks import Asked, find_violations
-from tests.api.requests import job_request
 from tests.support.live import ENDLESS, gone
 from tests.support.postgres import PostgresCluster
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 

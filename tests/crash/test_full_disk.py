@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.chaos_checks import Asked, find_violations
-from tests.api.requests import job_request
 from tests.support.full_disk import fill_disk_for, full_disk
 from tests.support.live import ENDLESS
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 

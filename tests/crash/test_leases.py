@@ -3,8 +3,8 @@
 import psycopg
 import pytest
 
-from tests.api.requests import job_request
 from tests.support.live import ENDLESS, gone
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("database_url", ["postgres"], indirect=True)]

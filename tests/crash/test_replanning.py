@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from chunkplan.service.db.tables import JobRow, PlanRow, PlanUseRow
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("database_url", ["postgres"], indirect=True)]

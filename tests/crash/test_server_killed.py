@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.api.requests import job_request
 from tests.support.live import gone
+from tests.support.requests import job_request
 from tests.support.waiting import wait_for
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 
 # Counting what runs is tested on both databases in tests/api/test_queue.py.
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("database_url", ["postgres"], indirect=True)]

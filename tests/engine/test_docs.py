@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.support.families import tiny_batch, tiny_model
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NUM_CHUNKS = 4

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from chunkplan.engine.data import Batches, Example, collate, load_dataset, with_validation
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import DatasetSpec, parse
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 
@@ -174,7 +174,7 @@ MEMORY_SCRIPT = """
 import sys
 from pathlib import Path
 from chunkplan.engine.data import Batches, load_dataset
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 small, large = map(Path, sys.argv[1:])
 tokenizer = tiny_tokenizer()

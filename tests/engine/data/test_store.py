@@ -11,7 +11,7 @@ from chunkplan.engine.data import load_dataset
 from chunkplan.engine.data.token_store import StoreWriter, TokenStore, permutation
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder, Tokens
 from chunkplan.engine.errors import InputError
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 ROWS = [Tokens([0, 5, 131_071], [IGNORE_INDEX, 5, 131_071]), Tokens([7], [IGNORE_INDEX]), Tokens([3, 2, 1], [3, 2, 1])]
 

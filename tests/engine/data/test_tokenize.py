@@ -4,7 +4,7 @@ import pytest
 
 from chunkplan.engine.data.rows import Conversation, Message, RawText
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Encoder
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 CHAT = (
     Message("system", "Be brief."),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkplan.engine.export.model_card import ModelCard, base_license
 from chunkplan.engine.export.model_folder import export_model
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 CARD = ModelCard(
     name="welders",

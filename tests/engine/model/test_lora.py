@@ -23,7 +23,7 @@ from tests.engine.export.test_export import CARD
 from tests.support.events import pairs
 from tests.support.families import FAMILIES, batch_for, tiny_batch, tiny_model
 from tests.support.runs import events_of, exit_code, prepare_run, start_worker, wait_for
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 SPEC = LoraSpec(rank=4, alpha=8.0)
 

@@ -7,7 +7,7 @@ from chunkplan.engine.spec import parse
 from chunkplan.planner import PlanRequest, plan
 from chunkplan.planner.catalog import find_gpu
 from chunkplan.planner.timing.roofline import passage
-from tests.planner.test_exports import TINY
+from tests.planner.report.test_exports import TINY
 
 
 def planned(gpu="rtx-4090", run=None, **training):

@@ -8,7 +8,7 @@ import pytest
 from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.planner.report.plot import plot_footprint
 from chunkplan.planner.spec import Alternative, Breakdown, Timeline, TimelinePoint
-from tests.plans import GIB, make_plan
+from tests.support.plans import GIB, make_plan
 
 
 def make_timeline(capacity_bytes, num_chunks=4):

@@ -10,7 +10,7 @@ from chunkplan.service.db.tables import AttemptRow, CheckpointRow, EventRow, Job
 from chunkplan.service.execution.ledger import Ledger, StaleToken
 from chunkplan.service.execution.records.messages import read_messages
 from chunkplan.service.job_states import JobState
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 from tests.support.run import STARTED, TIME, step
 
 CHECKPOINT = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from chunkplan.planner.calibration.residuals import residuals
-from tests.plans import make_plan
+from tests.support.plans import make_plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from chunkplan.service.db import Database
 from chunkplan.service.db.tables import EventRow, MetricRow, SampleRow
 from chunkplan.service.execution.ledger import Ledger
 from chunkplan.service.operation.retention import Retention
-from tests.api.requests import job_request
+from tests.support.requests import job_request
 from tests.support.run import STARTED, Reports, step
 from tests.support.waiting import wait_for
 

@@ -14,7 +14,7 @@ from chunkplan.planner.allocator.pool import LARGEST_SMALL, Pool, Program, units
 from chunkplan.planner.footprint.block_events import Walk
 from chunkplan.planner.footprint.reserved import Replay, reserved_bytes
 from chunkplan.planner.search.evaluator import Evaluator
-from tests.planner.test_exports import CASES, TINY
+from tests.planner.report.test_exports import CASES, TINY
 
 LAYERS = {"num_hidden_layers": 12}
 EXPERTS = {

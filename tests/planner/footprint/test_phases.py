@@ -7,7 +7,7 @@ import pytest
 from benchmarks.planner_accuracy import CONFIGS, case
 from chunkplan.planner import PlanRequest, plan
 from tests.support.runs import events_of, exit_code, start_worker, write_job
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 SHAPE = {
     "vocab_size": 8003,
