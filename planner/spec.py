@@ -42,7 +42,9 @@ class GpuSpec(SpecModel):
     runtime_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """Host memory of the process before any model."""
     cuda_version: Annotated[str, Field(pattern=r"^\d{1,3}\.\d{1,3}$")] | None = None
-    """Of the process's libraries; decides the context's size. None: that of PyPI's torch wheels."""
+    """CUDA version of the process's libraries, which decides the context's size; None: that of
+    PyPI's wheels.
+    """
     power_watts: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Highest sustained power of the board (Apple: of the machine); energy is estimated with it."""
     price_usd: Annotated[float, Field(ge=0, le=1e9)] | None = None
@@ -60,9 +62,9 @@ class RunLength(SpecModel):
     """How long a run is: exactly one of ``max_steps`` and ``dataset_tokens``, or both without ``epochs``."""
 
     dataset_tokens: Annotated[int, Field(ge=1, le=2**60)] | None = None
-    """Of one epoch, with padding: rows × ``seq_len`` where rows are not packed."""
+    """Tokens of one epoch, with padding: rows × ``seq_len`` where rows are not packed."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Of the data set; default 1."""
+    """Passes over the data set; default 1."""
     max_steps: Annotated[int, Field(ge=1, le=2**53)] | None = None
     """Optimizer updates."""
 
@@ -123,7 +125,7 @@ class Peak(Result):
     host_bytes: int
     upper_bytes: int
     growth_bytes: int = 0
-    """Of ``upper_bytes``: by how much the process may grow during the run (16-bit experts on the CPU)."""
+    """Part of ``upper_bytes`` by which the process may grow during the run (16-bit experts on the CPU)."""
     phase: str
     chunk_index: int
     breakdown: Breakdown
@@ -143,7 +145,7 @@ class ModelFacts(Result):
 
     @property
     def num_base_parameters(self) -> int:
-        """Of the model without adapters."""
+        """Number of parameters without adapters."""
         trainable = self.num_trainable_parameters
         return self.num_parameters - trainable if trainable not in (None, self.num_parameters) else self.num_parameters
 
@@ -184,7 +186,9 @@ class PhasePeak(Result):
     allocated_bytes: int
     """On the device."""
     host_bytes: int | None
-    """Of the process; None where the device is the host: ``Peak.device_bytes`` is of all phases there."""
+    """Host memory of the process; None where the device is the host, whose ``Peak.device_bytes``
+    has it all.
+    """
     chunk_index: int | None
     """Which chunk's step it is; None outside of steps."""
 
@@ -197,10 +201,11 @@ class RunTime(Result):
     cycle_seconds: float
     """Until every chunk was visited once."""
     dense_step_seconds: float | None
-    """Of dense fine-tuning: the same update of all parameters, their states on the device, whether it fits or
-    not. None with adapters."""
+    """Seconds of the same update by dense fine-tuning, states on the device, fitting or not; None with
+    adapters.
+    """
     num_updates: int | None = None
-    """Of the run; like what follows None unless the request says how long it is."""
+    """Updates of the run; like what follows None unless the request says how long it is."""
     epoch_seconds: float | None = None
     """None unless the request has ``dataset_tokens``."""
     run_seconds: float | None = None
@@ -236,8 +241,9 @@ class Plan(Result):
     alternatives: list[Alternative]
     """When it does not fit: what does, or the smallest there is."""
     pareto: list[Alternative] = []
-    """Of ``schedule: auto``: the chosen one first, then schedules that are faster, smaller, or easier on the
-    host."""
+    """Front of ``schedule: auto``: the chosen one first, then what is faster, smaller, or easier on
+    the host.
+    """
     warnings: list[str]
 
     @property

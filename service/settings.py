@@ -52,9 +52,9 @@ class Quota(BaseModel):
     max_waiting_plans: Annotated[int, Field(ge=0)] = 100
     """Further ones that may wait for that."""
     requests_per_second: Annotated[float, Field(gt=0)] = 200.0
-    """Of one key, in the long run."""
+    """Requests of one key per second, in the long run."""
     requests_burst: Positive = 400
-    """Of one key, at once."""
+    """Requests of one key at once."""
 
 
 class DeviceSetting(BaseModel):
@@ -70,7 +70,7 @@ class DeviceSetting(BaseModel):
     memory_bytes: Positive | None = None
     """Use at most this much of it."""
     max_jobs: Positive | None = None
-    """Of this device, instead of ``max_jobs_per_device``."""
+    """Jobs of this device, instead of ``max_jobs_per_device``."""
 
 
 class Settings(BaseSettings):
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     """Requests of all projects that may hold a thread for a plan; others wait without one."""
 
     quota: Quota = Quota()
-    """Of every project that is not named in ``project_quotas``."""
+    """Quota of every project that is not named in ``project_quotas``."""
     project_quotas: dict[str, Quota] = {}
     """By project; what is left out is taken from ``quota``."""
 
@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     """Requests without a valid key that one address is told about, in the long run; further ones are told to
     wait."""
     refusals_burst: Positive = 100
-    """The same, at once."""
+    """Refusals of one address at once."""
 
     devices: list[DeviceSetting] = []
     """What jobs may run on; by default every accelerator that the driver shows, and the processor."""

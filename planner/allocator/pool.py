@@ -118,7 +118,7 @@ class _State:
     starts: dict[int, int]
     """Free extents by where they begin."""
     ends: dict[int, int]
-    """And by where they end."""
+    """Free extents by where they end."""
     live: dict[int, int]
     """By name."""
 
@@ -131,7 +131,7 @@ class Pool:
         self._num_segments = 0
         self._end = 0
         self.reserved_bytes = 0
-        """Of all segments."""
+        """Bytes of all segments."""
         self.num_simulated = 0
         """Operations that were not known from before."""
         self._states: list[_State] = []
@@ -155,11 +155,11 @@ class Pool:
         self._state, self.base = after, base
 
     def run_once(self, ops: Sequence[Op]) -> None:
-        """The same for operations, shortened ones, that will not come again."""
+        """Run shortened operations that will not come again, and keep no record of them."""
         self._state = self._simulated(ops, 0)
 
     def names(self) -> list[int]:
-        """Of the live blocks, in the order in which they came."""
+        """Names of the live blocks, in the order in which they came."""
         return list(self._states[self._state].live)
 
     def settle(self) -> None:

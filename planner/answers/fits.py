@@ -21,7 +21,9 @@ class Fit(Result):
     num_parameters: int | None
     fits: bool
     upper_bytes: int | None
-    """Of the plan; None where none was made: the weights alone are too large, or the model is refused."""
+    """Bound of the plan; None where none was made: the weights alone are too large, or the model is
+    refused.
+    """
     capacity_bytes: int
     step_seconds: float | None
     num_chunks: int | None

@@ -41,7 +41,7 @@ DEFAULTS: Mapping[str, tuple[float, int]] = {
     "rocm": (0.06, 192 * _MIB),
     "mps": (0.10, 384 * _MIB),
 }
-"""Of devices nobody has measured, by kind: share of all but the weights that a bound adds, and bytes on top.
+"""Margins of devices that nobody has measured, by kind: share of all but the weights, and bytes on top.
 
 CUDA's kernels' scratch is tabulated, not measured per device; ROCm and Apple devices are planned by its
 rules.
@@ -93,7 +93,7 @@ class Margin(Result):
 
     num_runs: int
     share: float
-    """Of all but the weights, added to a plan's device bytes to bound it."""
+    """Share of all but the weights that is added to a plan's device bytes to bound it."""
     fixed_bytes: int
     time_ratio: float
     """Measured over predicted time of an update."""

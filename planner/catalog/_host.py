@@ -11,8 +11,7 @@ CORE_FLOPS = 8e10
 """fp32 FLOP/s that one server core sustains in matrix products: 86 to 93 GFLOP/s measured on a 2.6 GHz Zen 5
 core."""
 BF16_UNIT_SPEEDUP = 4.0
-"""Of bf16 products over fp32 ones where the core has bf16 instructions: 4.4 to 4.7 measured on the same core.
-"""
+"""Speed of bf16 products over fp32 ones on a core with bf16 instructions: 4.4 to 4.7 measured."""
 CORE_BANDWIDTH = 4e9
 """Bytes/s of an eager operation on one core. Measured: 1.5 to 3.3 GB/s into fresh pages, 17 GB/s in place."""
 SOCKET_BANDWIDTH = 1.0e11

@@ -22,8 +22,7 @@ ONEDNN_SCRATCH_BYTES = 193 * 1024
 """Buffers of one bf16 product on the CPU, per thread. Measured: the largest of 12 shapes, AVX-512, torch
 2.13."""
 ONEDNN_TRANSPOSED_BYTES = 914
-"""The same for a transposed left matrix (a weight's gradient), per element of the inner dimension: largest of
-6."""
+"""Buffers with a transposed left matrix (a weight's gradient), per element of the inner dimension."""
 ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
 """Where that stops to grow. Measured at inner dimensions 1024 and 2048."""
 FILE_ITEMSIZE = 2

@@ -13,8 +13,9 @@ from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.chunks import Slice
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import ComposedSegment, compose
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Update, place_name, updates_of_visit
+from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, place_name
 from chunkplan.planner.footprint.replay_programs import rule_events
+from chunkplan.planner.footprint.slice_updates import Update, updates_of_visit
 from chunkplan.planner.trace.step_trace import CATEGORIES
 from chunkplan.planner.trace.structure import stand_ins
 
@@ -85,7 +86,7 @@ class Walk:
                     self._recorder.give(block)
         gradients |= {ordinal: block for block, ordinal in live.values() if ordinal >= 0}
         label = ("optimizer_states", "buffers of passing states", f"chunk {chunk.index} optimizer")
-        buffers = [self._take(size, label) for size in self._footprints.buffers(chunk, self._schedule, update)]
+        buffers = [self._take(size, label) for size in self._footprints.updates.buffers(chunk, self._schedule, update)]
         for position, block in sorted(gradients.items()):
             staying += self._update_slice(footprint, chunk.slices[position], update, block)
         rest = [block for block, ordinal in live.values() if ordinal < 0]
@@ -95,7 +96,7 @@ class Walk:
 
     def _update_slice(self, footprint: ChunkFootprint, piece: Slice, update: Update, gradient: int) -> list[int]:
         """Update the slice and free its gradient; returns the blocks of states that stay on the device."""
-        trace = self._footprints.update_trace(piece, self._schedule, update)
+        trace = self._footprints.updates.update_trace(piece, self._schedule, update)
         name = self._footprints.structure.parameters[piece.index].name
         blocks = {0: gradient}
         for event in rule_events(trace):
@@ -115,7 +116,7 @@ class Walk:
 
 
 def _labels(footprint: ChunkFootprint, segment: ComposedSegment) -> Iterator[Label]:
-    """Of the segment's allocations in their order."""
+    """Return what each allocation of the segment is, in their order."""
     place, when = place_name(segment.place), f"chunk {footprint.chunk.index} {segment.phase}"
     for event in segment.traced.events:
         if event >= 0:

@@ -29,7 +29,7 @@ class Variable:
     """As traced, not rounded."""
     category: int
     ordinal: int
-    """Of the traced slice whose gradient it is; −1: it is none."""
+    """Ordinal of the traced slice whose gradient it is; −1: it is none."""
     place: int
     """The layer whose copies hold one each, all freed together; −1: it is a gradient."""
 
@@ -171,7 +171,7 @@ class FoldedStep:
     def summaries(
         self, copies: Copies, sizes: Sequence[int], updates: Sequence[SliceUpdate] = ()
     ) -> list[SegmentSummary]:
-        """The same by category; copies of a repeated layer are one entry."""
+        """Return the totals by category; copies of a repeated layer are one entry."""
         return [self._summary(segment, copies, sizes, updates) for segment in self.segments]
 
     def _summary(
@@ -236,7 +236,7 @@ def fold(trace: StepTrace, granularity: int) -> FoldedStep:
 
 
 def _stretch(fixed: Sequence[tuple[int, int]], variable: int, *, comes: bool) -> Stretch:
-    """Of changes as (category, bytes), and of what comes or goes after them."""
+    """Return the stretch of changes (category, bytes) and of what comes or goes after them."""
     live, peak = [0] * len(CATEGORIES), ZERO
     total = highest = 0
     for category, size_bytes in fixed:

@@ -4,16 +4,13 @@ store.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
-from chunkplan.engine.spec import Optimizer, ResolvedSchedule, TrainingSpec
+from chunkplan.engine.spec import ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk, Slice, partition
 from chunkplan.planner.footprint.folded import (
-    NO_COPIES,
     Bytes,
     Copies,
     FoldedStep,
@@ -21,13 +18,13 @@ from chunkplan.planner.footprint.folded import (
     SliceUpdate,
     added,
     fold,
-    rounded,
 )
 from chunkplan.planner.footprint.replay_programs import Interned, StepPrograms, UpdateProgram
+from chunkplan.planner.footprint.slice_updates import SliceUpdates, Update, updates_of_visit
 from chunkplan.planner.spec import GpuSpec
-from chunkplan.planner.timing.roofline import Rates, TransferTime, passage, rates, transfer_seconds
+from chunkplan.planner.timing.roofline import rates
 from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, LayerRun, StepTrace, layer_runs
-from chunkplan.planner.trace.store import TraceStore, deciding_an_update
+from chunkplan.planner.trace.store import TraceStore
 from chunkplan.planner.trace.structure import ModelStructure, chunk_roles, stand_ins
 
 _WEIGHTS, _GRADIENTS = CATEGORIES.index("weights"), CATEGORIES.index("gradients")
@@ -54,17 +51,6 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """One kind of update within a visit: whether the states come with it, whether they leave, how many there
-    are.
-    """
-
-    comes: bool
-    leaves: bool
-    count: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class ChunkFootprint:
     """One chunk's step in numbers, and what the allocator replay needs."""
 
@@ -88,41 +74,15 @@ class _Step:
     folded: FoldedStep
     copies: Copies
     sizes: list[int]
-    """Of the variables."""
+    """Sizes of the variables, in bytes."""
     traced: tuple[Slice, ...]
     """Slices of the chunk that the trace's stand for, the first of each."""
     phase_peaks: dict[str, int]
     """Relative to the beginning of the step."""
     net: int
     seconds: tuple[float, ...]
-    """Of every segment with its copies."""
+    """Seconds of every segment with its copies."""
     total_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _SliceFigures:
-    """The update of one slice in numbers: highest moments relative to its beginning, its change,
-    its seconds.
-    """
-
-    clip_peak: int
-    clip_seconds: float
-    peak: int
-    net: int
-    seconds: float
-    """Of the update alone."""
-    passage: TransferTime
-    states_bytes: int
-    """On the device."""
-
-
-def updates_of_visit(schedule: ResolvedSchedule) -> list[Update]:
-    """The distinct kinds of update of a visit."""
-    if schedule.switch_every == 1:
-        return [Update(True, True)]
-    num_middle = schedule.switch_every - 2
-    middle = [Update(False, False, num_middle)] if num_middle else []
-    return [Update(True, False), *middle, Update(False, True)]
 
 
 class Footprints:
@@ -140,20 +100,23 @@ class Footprints:
         self.gpu = gpu
         self.structure: ModelStructure = store.structure()
         self.granularity = 1 if gpu.kind == "cpu" else CUDA_GRANULARITY
-        self._rates: Rates = rates(training.compute_precision, gpu)
+        self.updates = SliceUpdates(
+            store,
+            training,
+            gpu,
+            self.structure,
+            self.granularity,
+            rates(training.compute_precision, gpu),
+            self._folded,
+        )
         self._steps: dict[tuple[int, int, int, int, bool], _Step] = {}
         self._folds: dict[int, tuple[StepTrace, FoldedStep]] = {}
         self._programs: dict[int, StepPrograms] = {}
+        self._kept: dict[ResolvedSchedule, int] = {}
         self.interned: Interned = {}
         """Programs of the allocator's pools that were met."""
         self._update_programs: dict[int, UpdateProgram] = {}
         self._work_seconds: dict[int, list[float]] = {}
-        self._columns = [info.num_columns for info in self.structure.parameters]
-        self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], _SliceFigures]] = {}
-        self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
-        self._kept: dict[tuple[int, StateLayout], int] = {}
-        self._states: dict[tuple[int, int, str], tuple[int, int]] = {}
-        self._deciding: dict[ResolvedSchedule, str] = {}
         self._resident: dict[str, Bytes] = {}
         self._estimates: dict[tuple[Hashable, ...], tuple[int, float]] = {}
         self._largest: dict[int, Chunk] = {}
@@ -205,9 +168,7 @@ class Footprints:
         return max(peaks.values())
 
     def dense_seconds(self, schedule: ResolvedSchedule) -> float:
-        """Of one update of all parameters whose states are on the device, before and after: dense
-        fine-tuning.
-        """
+        """Return the seconds of a dense update: of all parameters, whose states stay on the device."""
         (chunk,) = self.chunks(1)
         dense = schedule.model_copy(update={"num_chunks": 1, "expansion": "none"})
         step = self._step(chunk, expands=False)
@@ -241,21 +202,10 @@ class Footprints:
     def _segment_seconds(self, folded: FoldedStep, copies: Copies) -> tuple[float, ...]:
         known = self._work_seconds.get(id(folded))
         if known is None:
-            known = self._work_seconds[id(folded)] = [self._seconds(segment.work) for segment in folded.segments]
+            known = self._work_seconds[id(folded)] = [self.updates.seconds(segment.work) for segment in folded.segments]
         return tuple(
             seconds * (copies.num[segment.place] if segment.place >= 0 else 1)
             for seconds, segment in zip(known, folded.segments, strict=True)
-        )
-
-    def update_trace(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> StepTrace:
-        """The optimizer's work on one slice."""
-        return self.store.update(
-            piece.numel,
-            self._num_columns(piece),
-            schedule,
-            comes=update.comes,
-            leaves=update.leaves,
-            is_shared=self._is_shared(update),
         )
 
     def programs(self, trace: StepTrace) -> StepPrograms:
@@ -266,59 +216,26 @@ class Footprints:
 
     def update_program(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> UpdateProgram:
         """The update of a slice prepared for the replay, once."""
-        trace = self.update_trace(piece, schedule, update)
+        trace = self.updates.update_trace(piece, schedule, update)
         if id(trace) not in self._update_programs:
             self._update_programs[id(trace)] = UpdateProgram(trace)
         return self._update_programs[id(trace)]
 
-    def _is_shared(self, update: Update) -> bool:
-        """Do the states of the whole chunk pass through the same buffers? Only where copies run beside
-        updates.
-        """
-        return self.gpu.kind != "cpu" and update.comes and update.leaves and not self.training.update_in_backward
-
-    def buffers(self, chunk: Chunk, schedule: ResolvedSchedule, update: Update) -> list[int]:
-        """Sizes of the tensors through which the chunk's states pass during this kind of update."""
-        if not self._is_shared(update):
-            return []
-        blocks = [block for piece in chunk.slices for block in self._largest_blocks(piece, schedule)]
-        return [tensor.num_bytes for tensor in largest_tensors(blocks).values()] * min(2, len(blocks))
-
-    def _largest_blocks(self, piece: Slice, schedule: ResolvedSchedule) -> list[dict[str, StateTensor]]:
-        """States of the slice's first two blocks: none is larger, and more than two are not there at once."""
-        layout = StateLayout.of(self.training, schedule)
-        key = (piece.numel, self._num_columns(piece), layout)
-        if key not in self._blocks:
-            self._blocks[key] = layout.wanted([key[:2]])[:2]
-        return self._blocks[key]
-
     def kept_bytes(self, schedule: ResolvedSchedule) -> int:
-        """What the optimizer keeps in host memory for all chunks between their visits."""
-        layout = StateLayout.of(self.training, schedule)
-        key = (schedule.num_chunks, layout)
-        if key not in self._kept:
-            shapes = ((piece.numel, self._num_columns(piece)) for c in self.chunks(key[0]) for piece in c.slices)
-            self._kept[key] = sum(layout.host_bytes(*shape) * count for shape, count in Counter(shapes).items())
-        return self._kept[key]
-
-    def _deciding_a_slice(self, schedule: ResolvedSchedule) -> str:
-        """Return what of a schedule decides the update of a slice; see :func:`deciding_an_update`."""
-        if schedule not in self._deciding:
-            self._deciding[schedule] = deciding_an_update(schedule)
-        return self._deciding[schedule]
-
-    def _num_columns(self, piece: Slice) -> int:
-        return self._columns[piece.index]
+        """Return what the optimizer keeps in host memory for all chunks between their visits, in bytes."""
+        if schedule not in self._kept:
+            self._kept[schedule] = self.updates.kept_bytes(self.chunks(schedule.num_chunks), schedule)
+        return self._kept[schedule]
 
     def resident(self, schedule: ResolvedSchedule) -> Bytes:
         """Live bytes by category between two steps."""
         known = self._resident.get(schedule.expansion)
         if known is None:
             live = [0] * len(CATEGORIES)
-            live[_WEIGHTS] = sum(map(self.rounded, self.structure.parameter_sizes))
+            live[_WEIGHTS] = sum(map(self.updates.rounded, self.structure.parameter_sizes))
             live[_OTHER] = self.structure.buffer_bytes
             if schedule.expansion == "factored":
-                live[_STATES] = sum(map(self.rounded, self.factored_bytes()))
+                live[_STATES] = sum(map(self.updates.rounded, self.factored_bytes()))
             known = self._resident[schedule.expansion] = tuple(live)
         return known
 
@@ -326,27 +243,6 @@ class Footprints:
         """Sizes of the factored moments of all parameters: an fp32 per row and one per column."""
         infos = self.structure.parameters
         return [4 * length for info in infos for length in (info.numel // info.num_columns, info.num_columns)]
-
-    def rounded(self, size_bytes: int) -> int:
-        """Size of a block as the device's allocator counts it."""
-        return rounded(size_bytes, self.granularity)
-
-    def states_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> int:
-        """What the optimizer keeps on the device for a slice."""
-        return self._states_bytes(piece, schedule)[0]
-
-    def host_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> int:
-        """What the optimizer keeps in host memory for a slice between visits."""
-        return self._states_bytes(piece, schedule)[1]
-
-    def _states_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> tuple[int, int]:
-        """On the device, and on the host between visits; known for slices of one size and width."""
-        key = (piece.numel, self._num_columns(piece), self._deciding_a_slice(schedule))
-        if key not in self._states:
-            layout = StateLayout.of(self.training, schedule)
-            on_device = sum(map(self.rounded, layout.device_bytes(*key[:2])))
-            self._states[key] = on_device, layout.host_bytes(*key[:2])
-        return self._states[key]
 
     def estimate(self, schedule: ResolvedSchedule) -> tuple[int, float]:
         """Highest allocated bytes over a cycle and mean seconds of an update, to tell many schedules apart
@@ -358,7 +254,7 @@ class Footprints:
         chunks = self.chunks(schedule.num_chunks)
         highest, seconds = 0, 0.0
         for update in updates_of_visit(schedule):
-            kept = (self._deciding_a_slice(schedule), schedule.expansion)
+            kept = (self.updates._deciding_a_slice(schedule), schedule.expansion)
             key = (schedule.num_chunks, kept, update.comes, update.leaves)
             if key not in self._estimates:
                 expands = schedule.expansion == "factored"
@@ -380,7 +276,7 @@ class Footprints:
         training = self.training
         live = sum(self._before(chunk, schedule, update))
         phase_peaks, net = step.phase_peaks, step.net
-        slices = self._all_figures(chunk, schedule, update, rough=rough)
+        slices = self.updates.figures(chunk, schedule, update, rough=rough)
         if training.update_in_backward:
             updates = [self._in_backward(piece, schedule, update) for piece in step.traced]
             totals = [(sum(each.peak), sum(each.net)) for each in updates]
@@ -392,7 +288,7 @@ class Footprints:
         if self._takes_norms:
             highest = live + max(figures.clip_peak for figures in slices)
             seconds += sum(figures.clip_seconds for figures in slices)
-        live += sum(map(self.rounded, self.buffers(chunk, schedule, update)))
+        live += sum(map(self.updates.rounded, self.updates.buffers(chunk, schedule, update)))
         if training.update_in_backward:
             highest = max(highest, live)
         leaves = update.leaves and not update.comes
@@ -400,7 +296,7 @@ class Footprints:
             if not training.update_in_backward:
                 highest = max(highest, live + figures.peak)
                 live += figures.net - (figures.states_bytes if leaves else 0)
-        seconds += self._passages_seconds((figures.passage for figures in slices), update)
+        seconds += self.updates.seconds_in_a_row((figures.passage for figures in slices), update)
         return peaks | {"optimizer": highest}, seconds
 
     def _moments(self, chunk: Chunk, step: _Step, schedule: ResolvedSchedule, update: Update) -> list[Moment]:
@@ -418,20 +314,20 @@ class Footprints:
             live = added(live, summary.net)
             begin += seconds
         begin = self._step_seconds(chunk, step, schedule)
-        updates = [self._update(piece, schedule, update) for piece in chunk.slices]
+        updates = [self.updates.summaries(piece, schedule, update) for piece in chunk.slices]
         if self._takes_norms:
             clips = [added(live, phases["clip"].peak) for phases in updates]
             moments.append(Moment("optimizer", "clip", begin, max(clips, key=sum)))
-            begin += sum(self._seconds(phases["clip"].work) for phases in updates)
-        live = _more(live, _STATES, sum(map(self.rounded, self.buffers(chunk, schedule, update))))
+            begin += sum(self.updates.seconds(phases["clip"].work) for phases in updates)
+        live = _more(live, _STATES, sum(map(self.updates.rounded, self.updates.buffers(chunk, schedule, update))))
         for position, (piece, phases) in enumerate(zip(chunk.slices, updates, strict=True)):
             summary = phases["optimizer"]
             if not training.update_in_backward:
                 moments.append(Moment("optimizer", f"slice {position}", begin, added(live, summary.peak)))
                 live = added(live, summary.net)
                 if update.leaves and not update.comes:
-                    live = _more(live, _STATES, -self.states_bytes(piece, schedule))
-            begin += self._passage(piece, schedule, update, self._seconds(summary.work)).steady
+                    live = _more(live, _STATES, -self.updates.states_bytes(piece, schedule))
+            begin += self.updates.transfer_time(piece, schedule, update, self.updates.seconds(summary.work)).steady
         if training.update_in_backward:
             moments.append(Moment("optimizer", "end", begin, live))
         return moments
@@ -445,12 +341,14 @@ class Footprints:
         training = self.training
         live = list(self.resident(schedule))
         if not update.comes:
-            live[_STATES] += sum(self.states_bytes(piece, schedule) for piece in chunk.slices)
+            live[_STATES] += sum(self.updates.states_bytes(piece, schedule) for piece in chunk.slices)
         others = training.gradient_accumulation_steps - 1
         inputs = self.structure.num_inputs
         live[_OTHER] += inputs * others * training.micro_batch_size * training.seq_len * _ID_BYTES
         if others:
-            live[_GRADIENTS] += sum(self.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices)
+            live[_GRADIENTS] += sum(
+                self.updates.rounded(p.numel * training.trained_precision.itemsize) for p in chunk.slices
+            )
         return tuple(live)
 
     def _step_seconds(self, chunk: Chunk, step: _Step, schedule: ResolvedSchedule) -> float:
@@ -463,94 +361,12 @@ class Footprints:
 
     def _in_backward(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceUpdate:
         """What the update of a slice adds to the moment at which its gradient is complete."""
-        summary = self._update(piece, schedule, update)["optimizer"]
+        summary = self.updates.summaries(piece, schedule, update)["optimizer"]
         net = list(summary.net)
         net[_GRADIENTS] = 0
         if update.leaves and not update.comes:
-            net[_STATES] -= self.states_bytes(piece, schedule)
+            net[_STATES] -= self.updates.states_bytes(piece, schedule)
         return SliceUpdate(summary.peak, tuple(net))
-
-    def _update(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> dict[str, SegmentSummary]:
-        folded = self._folded(self.update_trace(piece, schedule, update))
-        return {summary.phase: summary for summary in folded.summaries(NO_COPIES, ())}
-
-    def _all_figures(
-        self, chunk: Chunk, schedule: ResolvedSchedule, update: Update, *, rough: bool
-    ) -> list[_SliceFigures]:
-        """Of the chunk's slices; equal for slices of one size and width."""
-        kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
-        known = self._slices.setdefault((kept, update.comes, update.leaves, rough), {})
-        figures_of = self._rough_figures if rough else self._slice_figures
-        found = []
-        for piece in chunk.slices:
-            key = (piece.stop - piece.start, self._columns[piece.index])
-            figures = known.get(key)
-            if figures is None:
-                figures = known[key] = figures_of(piece, schedule, update)
-            found.append(figures)
-        return found
-
-    def _slice_figures(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> _SliceFigures:
-        phases = self._update(piece, schedule, update)
-        clip, rule = phases["clip"], phases["optimizer"]
-        return _SliceFigures(
-            clip_peak=sum(clip.peak),
-            clip_seconds=self._seconds(clip.work),
-            peak=sum(rule.peak),
-            net=sum(rule.net),
-            seconds=self._seconds(rule.work),
-            passage=self._passage(piece, schedule, update, self._seconds(rule.work)),
-            states_bytes=self.states_bytes(piece, schedule),
-        )
-
-    def _rough_figures(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> _SliceFigures:
-        """The same estimated from a few sizes that are traced; states by their layout.
-
-        Stands for the slice: one or two full blocks; below a block the next power of two, whose time is
-        launches.
-        """
-        if self.training.optimizer is Optimizer.ADAFACTOR or self.training.update_in_backward:
-            return self._slice_figures(piece, schedule, update)
-        is_small = piece.numel < BLOCK_NUMEL
-        numel = (
-            1 << (piece.numel - 1).bit_length() if is_small else min(2, -(-piece.numel // BLOCK_NUMEL)) * BLOCK_NUMEL
-        )
-        typical = Slice(piece.index, 0, numel)
-        (traced,) = self._all_figures(Chunk(0, (typical,)), schedule, update, rough=False)
-        share = 1.0 if is_small else piece.numel / numel
-        states_bytes = self.states_bytes(piece, schedule)
-        stays = states_bytes - traced.states_bytes if update.comes and not update.leaves else 0
-        itemsize = self.training.trained_precision.itemsize
-        smaller = self.rounded(typical.numel * itemsize) - self.rounded(piece.numel * itemsize)
-        return _SliceFigures(
-            clip_peak=traced.clip_peak,
-            clip_seconds=traced.clip_seconds * share,
-            peak=traced.peak + max(stays, 0),
-            net=traced.net + stays + smaller,
-            seconds=traced.seconds * share,
-            passage=self._passage(piece, schedule, update, traced.seconds * share),
-            states_bytes=states_bytes,
-        )
-
-    def _passage(self, piece: Slice, schedule: ResolvedSchedule, update: Update, seconds: float) -> TransferTime:
-        """A slice's update of so many seconds, with what its states' way to the device and back
-        adds to it.
-        """
-        if self.gpu.kind == "cpu":
-            return TransferTime(seconds, 0.0)  # copies are part of the traced work there
-        one_way = transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
-        num_blocks = len(StateLayout.of(self.training, schedule).blocks(piece.numel, self._num_columns(piece)))
-        bring, send = one_way * update.comes, one_way * update.leaves
-        return passage(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
-
-    def _passages_seconds(self, passages: Iterable[TransferTime], update: Update) -> float:
-        """Of slices one after another; where they share their buffers there is no pause between them."""
-        passages = list(passages)
-        edges = [each.edges for each in passages]
-        return sum(each.steady for each in passages) + (max(edges) if self._is_shared(update) else sum(edges))
-
-    def _seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
-        return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
 
 
 def place_name(place: int) -> str:

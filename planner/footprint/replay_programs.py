@@ -47,8 +47,8 @@ class Ops:
             self._pools[units(size_bytes) <= LARGEST_SMALL].append((0, name))
 
     def programs(self, known: Interned) -> tuple[Program | None, ...]:
-        """Of the large pool, and of the small one; None where there is nothing to do. Nothing is added any
-        more.
+        """Return the programs of the large and the small pool; None for one with nothing to do. Ends the
+        list.
         """
         if self._programs is None:
             found = []
@@ -163,13 +163,13 @@ def _outside(phase: str, ordinal: int, place: int) -> int:
 
 
 def _ordinals(trace: StepTrace, events: Sequence[int]) -> list[int]:
-    """Of the traced slices whose gradients come or go among the events."""
+    """Return ordinals of the traced slices whose gradients come or go among the events."""
     found = {trace.blocks[event if event >= 0 else -1 - event].slice_ordinal for event in events}
     return sorted(ordinal for ordinal in found if ordinal >= 0)
 
 
 def rule_events(trace: StepTrace) -> Sequence[int]:
-    """Of a slice's update, without what clipping takes before."""
+    """Return the events of a slice's update, without what clipping takes before."""
     (segment,) = (segment for segment in trace.segments if segment.phase == "optimizer")
     return segment.events
 

@@ -17,8 +17,9 @@ from chunkplan.planner.allocator.pool import Pool
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import CompositionError
 from chunkplan.planner.footprint.folded import Copies
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, Update, updates_of_visit
+from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 from chunkplan.planner.footprint.replay_programs import OTHER_NAMES, Ops, UpdateProgram, base_of, rule_events, seen_from
+from chunkplan.planner.footprint.slice_updates import Update, updates_of_visit
 from chunkplan.planner.trace.structure import stand_ins
 
 
@@ -53,7 +54,7 @@ class Replay:
 
     @property
     def reserved_bytes(self) -> int:
-        """Of all segments, now: without a limit none is given back."""
+        """Bytes of all segments now: without a limit none is given back."""
         return sum(pool.reserved_bytes for pool in self._pools)
 
     def load(self, overheads: Overheads) -> None:
@@ -93,7 +94,7 @@ class Replay:
         staying: set[int] = set()
         self._step(footprint, update, gradients, staying)
         buffers = Ops()
-        for size_bytes in self._footprints.buffers(footprint.chunk, self._schedule, update):
+        for size_bytes in self._footprints.updates.buffers(footprint.chunk, self._schedule, update):
             buffers.take(self._name(), size_bytes)
         self._run(buffers)
         return staying | self._updates(footprint, update, gradients)
@@ -151,7 +152,7 @@ class Replay:
         """The update of a slice, which frees its gradient; returns the names of states that stay on the
         device.
         """
-        trace = self._footprints.update_trace(piece, self._schedule, update)
+        trace = self._footprints.updates.update_trace(piece, self._schedule, update)
         blocks = {0: (gradient, size_bytes)}
         for event in rule_events(trace):
             if event >= 0:

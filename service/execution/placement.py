@@ -27,7 +27,7 @@ class Place:
 
     device: Device
     devices: Sequence[Device]
-    """Of the host, this one among them."""
+    """All devices of the host, this one among them."""
     loads: Mapping[str, Load]
     """By device; idle ones may be missing."""
     passing_over: Collection[str] = ()

@@ -36,7 +36,7 @@ class Planned:
     project: str
     plan_id: str
     request: PlanRequest
-    """Of its plan."""
+    """Request of its plan."""
     gpu: str | dict[str, Any] | None
     """What the user has asked for."""
     schedule: ScheduleSpec

@@ -268,8 +268,8 @@ class Supervisor:
         return sum(following.handle.device == device.name for following in self._following.values())
 
     def _lease_until(self) -> float:
-        """Of a lease that is written next: counted from before, so that it is over here before it is
-        elsewhere.
+        """Return the end of a lease that is written next: counted from before, so that it is over
+        here first.
         """
         return self._clock.elapsed() + self._settings.lease_seconds
 

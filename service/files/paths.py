@@ -10,7 +10,8 @@ from pathlib import Path
 from chunkplan.engine.errors import InputError
 from chunkplan.service.db import Database
 from chunkplan.service.db.database import normalise_url
-from chunkplan.service.db.tables import FileRow, JobRow
+from chunkplan.service.db.tables import ArtifactRow, FileRow, JobRow
+from chunkplan.service.errors import NotFound
 from chunkplan.service.settings import Settings
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -122,3 +123,15 @@ def resolve_model_folder(field: str, given: str, is_allowed: IsAllowed) -> Path:
             if not is_allowed(file.resolve()):
                 raise InputError(field, f"{given}: {file.name} leads outside the folders that this service may read")
     return folder
+
+
+def artifact_file(run_dir: Path, row: ArtifactRow) -> Path:
+    """Return the file of an artifact.
+
+    Raises:
+        NotFound: it was removed from the run's folder, or its path leads out of it.
+    """
+    path = (run_dir / row.path).resolve()
+    if not path.is_relative_to(run_dir.resolve()) or not path.is_file():
+        raise NotFound("artifact", row.name)
+    return path

@@ -44,7 +44,7 @@ class Hyperparameters(SpecModel):
     batch_size: Count = None
     """Rows per update: micro-batches of ``chunkplan.training.micro_batch_size`` rows are accumulated."""
     learning_rate_multiplier: Factor = None
-    """Of 2e-5."""
+    """Factor of 2e-5."""
 
 
 class Supervised(SpecModel):
@@ -118,7 +118,7 @@ class FineTuningRequest(SpecModel):
 
 
 def job_request(request: FineTuningRequest) -> JobRequest:
-    """The same request as `chunkplan.service.jobs` takes it.
+    """Return the request as `chunkplan.service.jobs` takes it.
 
     Raises:
         InputError: something is said twice, or contradicts something else; see `in_their_words`.
@@ -177,7 +177,7 @@ def _training(request: FineTuningRequest) -> dict[str, Any]:
 
 
 _MAX_LEARNING_RATE = 10.0
-"""Of a job request."""
+"""Highest rate that a job request takes."""
 
 
 def _hyperparameters(request: FineTuningRequest) -> tuple[Hyperparameters, str]:

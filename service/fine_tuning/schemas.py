@@ -84,7 +84,7 @@ class FineTuningJobView(Listed):
     organization_id: str
     """The project."""
     trained_tokens: int | None = None
-    """Of the sequences that a job that has succeeded was trained on, padding included; null in lists."""
+    """Tokens of the sequences that a succeeded job was trained on, padding included; null in lists."""
     result_files: list[str]
     """None: the figures are at ``/v1/jobs/{id}/metrics``."""
     integrations: list[str]

@@ -9,6 +9,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from chunkplan.engine.spec import JobRequest
 from chunkplan.service.db.tables import JobRow
+from chunkplan.service.files.paths import artifact_file
 from chunkplan.service.http.dependencies import (
     CONTENT,
     CallerDep,
@@ -20,7 +21,6 @@ from chunkplan.service.http.dependencies import (
 )
 from chunkplan.service.http.examples import JOB
 from chunkplan.service.job_states import JobState
-from chunkplan.service.jobs.artifacts import artifact_file
 from chunkplan.service.jobs.idempotency import HEADER
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.schemas import (

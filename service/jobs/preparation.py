@@ -32,7 +32,7 @@ class PreparedJob:
     model_folder: Path
     dataset_path: Path
     dataset_name: str
-    """Of the file as the user calls it: an upload is stored under its id."""
+    """Name of the file as the user calls it: an upload is stored under its id."""
     num_rows: int
     validation_path: Path | None
     choice: DeviceChoice

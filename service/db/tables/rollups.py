@@ -24,7 +24,7 @@ class JobDayRow(Owned, Base):
     num_tokens: Mapped[int] = mapped_column(default=0)
     train_seconds: Mapped[float] = mapped_column(default=0.0)
     device_seconds: Mapped[float] = mapped_column(default=0.0)
-    """Of its attempts that have ended, from claim to end."""
+    """Seconds of its attempts that have ended, from claim to end."""
     measured_seconds: Mapped[float] = mapped_column(default=0.0)
     """The part of ``train_seconds`` whose memory was measured; what the next two are sums over."""
     planned_byte_seconds: Mapped[float] = mapped_column(default=0.0)
@@ -59,4 +59,4 @@ class ProfilePhaseRow(Owned, Base):
     mean_absolute_error: Mapped[float]
     max_absolute_error: Mapped[float]
     bucket: Mapped[int]
-    """Of ``max_absolute_error``: see `chunkplan.service.profiles.percentiles`."""
+    """Bucket of ``max_absolute_error``: see `chunkplan.service.profiles.percentiles`."""

@@ -90,7 +90,7 @@ def test_more_chunks_never_raise_the_states():
     footprints = planner.footprints(training)
 
     def states_bytes(chunk):
-        return sum(footprints.states_bytes(piece, training.schedule) for piece in chunk.slices)
+        return sum(footprints.updates.states_bytes(piece, training.schedule) for piece in chunk.slices)
 
     states = [
         max(map(states_bytes, partition(footprints.structure.parameters, num_chunks)))
