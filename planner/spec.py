@@ -96,7 +96,7 @@ class PlanRequest(SpecModel):
 class Result(BaseModel):
     """Base of what the planner returns."""
 
-    model_config = ConfigDict(frozen=True, defer_build=True)
+    model_config = ConfigDict(frozen=True)
 
 
 class Breakdown(Result):
