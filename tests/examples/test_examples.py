@@ -1,5 +1,6 @@
 """The examples run as they stand, on a tiny model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.model import write_chats
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -20,7 +20,8 @@ def material(tmp_path_factory):
     tiny_llama().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("the title of a metal worker is welder\n" * 40)
-    write_chats(folder / "chats.jsonl", num_rows=24)
+    row = json.dumps({"text": "the title of a metal worker is welder"})
+    (folder / "rows.jsonl").write_text(f"{row}\n" * 24)
     return folder
 
 
@@ -49,6 +50,6 @@ def test_a_table_of_devices(tmp_path, material):
 
 
 def test_a_job_without_a_server(tmp_path, material):
-    printed = run(tmp_path, "train_a_job.py", material / "model", material / "chats.jsonl")
+    printed = run(tmp_path, "train_a_job.py", material / "model", material / "rows.jsonl")
     assert "Peak memory by chunk" in printed
     assert list((tmp_path / "run" / "artifacts").glob("*/model.safetensors"))
