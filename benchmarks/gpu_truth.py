@@ -40,8 +40,9 @@ from chunkplan.planner.allocator.caching import CachingAllocator
 from chunkplan.planner.calibration.margins import Calibration, Observation, device_key, write_calibration
 from chunkplan.planner.calibration.residuals import STEP, residuals
 from chunkplan.planner.catalog import detect_gpu, find_gpu, find_model
-from chunkplan.planner.catalog.overheads import attention_backward_scratch_bytes, overheads
+from chunkplan.planner.catalog.overheads import overheads
 from chunkplan.planner.spec import GpuSpec
+from chunkplan.planner.trace.kernels import attention_backward_scratch_bytes
 from chunkplan.planner.version import code_digest
 
 RESULTS = Path(__file__).parent / "results" / "gpu_truth.json"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkplan.engine.arithmetic import ceil_div, round_up
 from chunkplan.engine.data.packing import Packing, pack
 from chunkplan.engine.data.token_store import TokenStore, permutation
 from chunkplan.engine.data.tokens import IGNORE_INDEX, Tokens
@@ -105,7 +106,7 @@ class Batches:
     @property
     def num_batches_per_epoch(self) -> int:
         """Batches until every example has been seen once."""
-        return -(-len(self.examples) // self.micro_batch_size)
+        return ceil_div(len(self.examples), self.micro_batch_size)
 
     def batch(self, index: int) -> list[Example]:
         """The examples of batch ``index`` (from 0)."""
@@ -139,7 +140,7 @@ def collate(
     import torch
 
     longest = max(len(example.input_ids) for example in examples)
-    width = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, seq_len)
+    width = min(round_up(longest, LENGTH_MULTIPLE), seq_len)
     input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.int64)
     labels = torch.full((len(examples), width), IGNORE_INDEX, dtype=torch.int64)
     for row, example in enumerate(examples):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkplan.engine.arithmetic import ceil_div
+
 
 class Packing(NamedTuple):
     """Sequence i holds the rows ``members[bounds[i] : bounds[i + 1]]``, longest first."""
@@ -65,7 +67,7 @@ class _Room:
         fitting = self._sizes >> length
         size = length + (fitting & -fitting).bit_length() - 1 if fitting else self._capacity
         each = size // length
-        needed = -(-count // each)
+        needed = ceil_div(count, each)
         if fitting:
             available = self._free.pop(size)
             self._sizes ^= 1 << size

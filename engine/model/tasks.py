@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from chunkplan.engine.arithmetic import round_up
 from chunkplan.engine.data import LENGTH_MULTIPLE
 from chunkplan.engine.data.tokens import IGNORE_INDEX
 from chunkplan.engine.errors import InputError
@@ -203,7 +204,7 @@ class BatchPreparation:
 
     def _padded(self, rows: list[list[int]], value: int) -> Tensor:
         width = max(len(row) for row in rows)
-        width = min(-(-width // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self._seq_len)
+        width = min(round_up(width, LENGTH_MULTIPLE), self._seq_len)
         return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 

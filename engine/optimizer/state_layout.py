@@ -5,9 +5,11 @@ The optimizer makes its tensors by this layout, and the planner adds up their si
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.engine.spec import (
     Master,
     Optimizer,
@@ -85,7 +87,7 @@ class StateLayout:
         tensors: dict[str, StateTensor] = {}
         for i in range(len(MOMENT_SIGNS[self.rule])):
             if self.state_dtype is StateDtype.INT8:
-                num_scales = -(-numel // SCALED_NUMEL)
+                num_scales = ceil_div(numel, SCALED_NUMEL)
                 tensors[f"moment{i}"] = StateTensor(num_scales * SCALED_NUMEL, "uint8")
                 tensors[f"scale{i}"] = StateTensor(num_scales, "float32")
             else:
@@ -119,9 +121,12 @@ class StateLayout:
 
     def host_bytes(self, numel: int, num_columns: int) -> int:
         """What a slice leaves in host memory between visits."""
-        kept = [self.of_slice(numel, num_columns)]
-        kept += [self.of_block(size) for _, size in self.blocks(numel, num_columns)]
-        return sum(tensor.num_bytes for named in kept for name, tensor in named.items() if self.stays(name))
+        sizes = Counter(size for _, size in self.blocks(numel, num_columns))
+        of_blocks = sum(self._staying_bytes(self.of_block(size)) * count for size, count in sizes.items())
+        return self._staying_bytes(self.of_slice(numel, num_columns)) + of_blocks
+
+    def _staying_bytes(self, tensors: dict[str, StateTensor]) -> int:
+        return sum(tensor.num_bytes for name, tensor in tensors.items() if self.stays(name))
 
 
 def largest_tensors(blocks: list[dict[str, StateTensor]]) -> dict[str, StateTensor]:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.engine.data import Batches, DatasetSplits, Example, collate, load_dataset, with_validation
 from chunkplan.engine.data.token_store import remove_store
 from chunkplan.engine.export.model_card import ModelCard, base_license
@@ -409,5 +410,5 @@ class Trainer:
 
     def _training_losses(self) -> list[tuple[int, float]]:
         """Mean loss of each tenth of the run, by its last update."""
-        ends = [-(-(span + 1) * self.total_steps // _NUM_LOSS_SPANS) for span in range(_NUM_LOSS_SPANS)]
+        ends = [ceil_div((span + 1) * self.total_steps, _NUM_LOSS_SPANS) for span in range(_NUM_LOSS_SPANS)]
         return [(end, total / count) for end, (total, count) in zip(ends, self.loss_sums, strict=True) if count]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from chunkplan.engine.arithmetic import round_up
+
 MIB = 1024**2
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = MIB
@@ -168,11 +170,6 @@ class CachingAllocator:
                     pool.remove(block)
                     self.reserved_bytes -= block.size
 
-    def reset_peaks(self) -> None:
-        """Let the maxima start again from the current values."""
-        self.max_allocated_bytes = self.allocated_bytes
-        self.max_reserved_bytes = self.reserved_bytes
-
     def live_ranges(self) -> dict[int, tuple[int, int]]:
         """(simulated address, size) of every live block by its id, zero-byte ones left out."""
         return {name: (block.address, block.size) for name, block in self._live.items() if block is not None}
@@ -234,7 +231,7 @@ class CachingAllocator:
         free block.
         """
         pool = block.pool
-        mapped_bytes = -(-size // pool.page) * pool.page
+        mapped_bytes = round_up(size, pool.page)
         if not self._reserve(mapped_bytes):
             return None
         pool.unmapped.remove(block)
@@ -249,7 +246,7 @@ class CachingAllocator:
     def _unmap(self, block: _Block) -> None:
         """Take the memory from under the pages that a free block covers whole; its ends stay free."""
         pool = block.pool
-        begin = -(-block.address // pool.page) * pool.page
+        begin = round_up(block.address, pool.page)
         end = (block.address + block.size) // pool.page * pool.page
         if end <= begin:
             return
@@ -271,7 +268,7 @@ def segment_size_bytes(size_bytes: int) -> int:
         return SMALL_SEGMENT_BYTES
     if size_bytes < MIN_LARGE_BYTES:
         return LARGE_SEGMENT_BYTES
-    return -(-size_bytes // LARGE_ROUND_BYTES) * LARGE_ROUND_BYTES
+    return round_up(size_bytes, LARGE_ROUND_BYTES)
 
 
 def _cut(block: _Block, size: int) -> _Block:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.planner.allocator.caching import MIN_BLOCK_BYTES, SMALL_BYTES, segment_size_bytes
 
 LARGEST_SMALL = SMALL_BYTES // MIN_BLOCK_BYTES
@@ -36,7 +37,7 @@ Op = tuple[int, Any]
 
 def units(size_bytes: int) -> int:
     """A request as the allocator rounds it."""
-    return -(-size_bytes // MIN_BLOCK_BYTES)
+    return ceil_div(size_bytes, MIN_BLOCK_BYTES)
 
 
 def shortened(ops: Sequence[Op]) -> list[Op]:

@@ -9,7 +9,6 @@ from chunkplan.planner.footprint.footprint import Moment
 from chunkplan.planner.search.choose import choose
 from chunkplan.planner.search.evaluator import Evaluator
 from chunkplan.planner.spec import Breakdown, PlanRequest, Timeline, TimelinePoint
-from chunkplan.planner.trace.step_trace import CATEGORIES
 
 
 def timeline(request: PlanRequest) -> Timeline:
@@ -30,7 +29,7 @@ def timeline(request: PlanRequest) -> Timeline:
 
 
 def _point(chunk: Chunk, moment: Moment, begin: float, workspaces: int) -> TimelinePoint:
-    categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
+    categories = moment.live.as_dict()
     categories["workspace"] += workspaces
     breakdown = Breakdown(**categories)
     return TimelinePoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.planner.spec import GpuSpec
 
 CORE_FLOPS = 8e10
@@ -49,8 +50,16 @@ def usable_cores() -> int:
     for folder in _cgroup_folders(""):
         quota, _, period = _read(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit() and int(period) > 0:
-            allowed = min(allowed, -(-int(quota) // int(period)))
+            allowed = min(allowed, ceil_div(int(quota), int(period)))
     return max(1, allowed)
+
+
+def host_threads() -> int:
+    """Threads that torch computes with on this host's CPU."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_bf16_unit() -> bool:

@@ -5,7 +5,6 @@ Every row says where its number comes from; ``GpuSpec.context_bytes`` overrides 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from chunkplan.planner.spec import GpuSpec
@@ -28,14 +27,6 @@ ONEDNN_TRANSPOSED_MAX_BYTES = 914 * 1024
 FILE_ITEMSIZE = 2
 """Bytes per parameter of the weights' file, whose pages are resident while they are read; nearly all are
 bf16."""
-
-
-def host_threads() -> int:
-    """Threads that torch computes with on this host's CPU."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,23 +135,6 @@ def overheads(gpu: GpuSpec) -> Overheads:
     )
 
 
-def attention_backward_scratch_bytes(
-    batch_size: int, num_heads: int, num_key_value_heads: int, seq_len: int, head_dim: int, itemsize: int
-) -> int:
-    """Temporaries inside FlashAttention-2's backward kernel on CUDA, which meta kernels do not allocate.
-
-    An fp32 accumulator of the query gradient and the row sums (sequence padded to 128, head size to 32 or,
-    above 192, to 256), and, with grouped queries, key and value gradients of every query head before they are
-    summed. Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
-    """
-    rows = batch_size * num_heads * _round_up(seq_len, 128)
-    padded_head_dim = _round_up(head_dim, 32) if head_dim <= 192 else 256
-    accumulators = rows * (padded_head_dim + 1) * 4
-    if num_heads == num_key_value_heads:
-        return accumulators
-    return accumulators + 2 * batch_size * num_heads * seq_len * head_dim * itemsize
-
-
 def _pick(rows: tuple[_Row, ...], gpu: GpuSpec, cuda_version: str) -> _Row:
     """The row of the device's capability with the newest CUDA version and the largest memory that do not
     exceed it.
@@ -188,7 +162,3 @@ def _version(text: str) -> tuple[int, ...]:
 
 def _bytes(row: _Row) -> int:
     return round(row.mib * MIB)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

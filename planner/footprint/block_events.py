@@ -13,11 +13,11 @@ from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.chunks import Slice
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import ComposedSegment, compose
-from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints, place_name
+from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 from chunkplan.planner.footprint.replay_programs import rule_events
 from chunkplan.planner.footprint.slice_updates import Update, updates_of_visit
+from chunkplan.planner.footprint.steps import place_name
 from chunkplan.planner.trace.step_trace import CATEGORIES
-from chunkplan.planner.trace.structure import stand_ins
 
 Label = tuple[str, str, str]
 """(category, place, when): ``("activations", "layer 3", "chunk 0 backward")``."""
@@ -63,17 +63,15 @@ class Walk:
             states = self._update(footprint, update, states)
 
     def _update(self, footprint: ChunkFootprint, update: Update, states: list[int]) -> list[int]:
-        training, chunk = self._footprints.training, footprint.chunk
+        training, chunk, step = self._footprints.training, footprint.chunk, footprint.step
         itemsize = training.trained_precision.itemsize
-        slices = stand_ins(self._footprints.structure, chunk, footprint.runs)
-        numels = [chunk.slices[ordinals[0]].numel for ordinals in slices]
         gradients: dict[int, int] = {}
         if training.gradient_accumulation_steps > 1:
             label = ("gradients", "earlier micro-batches", f"chunk {chunk.index} accumulation")
             gradients = {i: self._take(piece.numel * itemsize, label) for i, piece in enumerate(chunk.slices)}
         live: dict[int, tuple[int, int]] = {}
         staying: list[int] = []
-        for segment in compose(footprint.trace, footprint.runs, numels, itemsize, slices):
+        for segment in compose(step.trace, step.runs, step.traced_numels, itemsize, step.stood_for):
             labels = _labels(footprint, segment)
             for number, size_bytes, ordinal in segment.events:
                 if size_bytes >= 0:
@@ -120,4 +118,4 @@ def _labels(footprint: ChunkFootprint, segment: ComposedSegment) -> Iterator[Lab
     place, when = place_name(segment.place), f"chunk {footprint.chunk.index} {segment.phase}"
     for event in segment.traced.events:
         if event >= 0:
-            yield CATEGORIES[footprint.trace.blocks[event].category], place, when
+            yield CATEGORIES[footprint.step.trace.blocks[event].category], place, when

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 from chunkplan.planner.allocator.pool import LARGEST_SMALL, Op, Program, shortened, units
-from chunkplan.planner.footprint.compose import births, freed_everywhere
-from chunkplan.planner.footprint.folded import Copies
+from chunkplan.planner.trace.layers import Copies, births, freed_everywhere, real_places
 from chunkplan.planner.trace.step_trace import HEAD, StepTrace
 
 OTHER_NAMES = -(1 << 60)
@@ -19,9 +18,6 @@ OTHER_NAMES = -(1 << 60)
 _PHASES = {"forward": 1, "backward": 2, "end": 3}
 _HERE = 1 << 15
 _DISTANCE = (1 << 16) - 1
-
-
-Interned = dict[tuple[Op, ...], Program]
 
 
 class Ops:
@@ -46,7 +42,7 @@ class Ops:
         if size_bytes:
             self._pools[units(size_bytes) <= LARGEST_SMALL].append((0, name))
 
-    def programs(self, known: Interned) -> tuple[Program | None, ...]:
+    def programs(self, known: dict[tuple[Op, ...], Program]) -> tuple[Program | None, ...]:
         """Return the programs of the large and the small pool; None for one with nothing to do. Ends the
         list.
         """
@@ -108,7 +104,6 @@ class StepPrograms:
     ) -> Ops:
         trace, born, shared = self.trace, self._born, self._shared[index]
         segment = trace.segments[index]
-        is_layer = segment.place >= 0
         base = base_of(segment.place, copies)
         ops = Ops()
         for event in segment.events:
@@ -116,19 +111,9 @@ class StepPrograms:
             size_bytes, gradient = block.size_bytes, block.slice_ordinal
             if gradient >= 0:
                 size_bytes += (numels[gradient] - trace.slice_numels[gradient]) * itemsize
-            phase, place, ordinal = birth = born[event if event >= 0 else -1 - event]
-            if place < 0:
-                names = [_outside(phase, ordinal, place)]
-            elif is_layer:
-                names = [_in_layer(phase, ordinal, segment.place - place)]
-            else:
-                real = range(copies.first[place], copies.first[place] + copies.num[place])
-                if birth not in shared:
-                    # Outside the layers, neighbours are counted from the near end: the head follows the last
-                    # layer.
-                    real = real[-1:] if segment.place == HEAD else real[:1]
-                names = [_in_layer(phase, ordinal, base - layer) for layer in real]
-            for name in names:
+            phase, _, ordinal = birth = born[event if event >= 0 else -1 - event]
+            for place in real_places(segment, base, birth, copies, shared):
+                name = _outside(phase, ordinal, place) if place < 0 else _in_layer(phase, ordinal, base - place)
                 if event >= 0:
                     ops.take(name, size_bytes)
                     if gradient >= 0:
@@ -203,3 +188,25 @@ class UpdateProgram:
             (size, number if number.__class__ is tuple else first - number if number else gradient)
             for size, number in self._ops[is_small]
         ]
+
+
+class ReplayPrograms:
+    """The traces of one model as the replay wants them: each is prepared once, for all replays."""
+
+    def __init__(self) -> None:
+        self.interned: dict[tuple[Op, ...], Program] = {}
+        """Programs of the pools that were met."""
+        self._steps: dict[StepTrace, StepPrograms] = {}
+        self._updates: dict[StepTrace, UpdateProgram] = {}
+
+    def step(self, trace: StepTrace) -> StepPrograms:
+        """For a traced step."""
+        if trace not in self._steps:
+            self._steps[trace] = StepPrograms(trace)
+        return self._steps[trace]
+
+    def update(self, trace: StepTrace) -> UpdateProgram:
+        """For a traced update of a slice."""
+        if trace not in self._updates:
+            self._updates[trace] = UpdateProgram(trace)
+        return self._updates[trace]

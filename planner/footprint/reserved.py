@@ -16,11 +16,9 @@ from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner.allocator.pool import Pool
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import CompositionError
-from chunkplan.planner.footprint.folded import Copies
 from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 from chunkplan.planner.footprint.replay_programs import OTHER_NAMES, Ops, UpdateProgram, base_of, rule_events, seen_from
 from chunkplan.planner.footprint.slice_updates import Update, updates_of_visit
-from chunkplan.planner.trace.structure import stand_ins
 
 
 def reserved_bytes(
@@ -104,7 +102,7 @@ class Replay:
         staying: set[int] = set()
         updates: list[tuple[UpdateProgram, int, int]] = []
         for ordinal, (gradient, _) in sorted(gradients.items()):
-            program = self._footprints.update_program(footprint.chunk.slices[ordinal], self._schedule, update)
+            program = self._update_program(footprint.chunk.slices[ordinal], update)
             updates.append((program, self._next_name, gradient))
             staying.update(self._next_name - number for number in program.staying)
             self._next_name -= program.num_blocks
@@ -120,17 +118,14 @@ class Replay:
         self, footprint: ChunkFootprint, update: Update, gradients: dict[int, tuple[int, int]], staying: set[int]
     ) -> None:
         """Forward and backward; adds the gradients that are left to ``gradients``."""
-        chunk, runs = footprint.chunk, footprint.runs
-        pieces = chunk.slices
-        programs = self._footprints.programs(footprint.trace)
-        slices = stand_ins(self._footprints.structure, chunk, runs)
-        numels = [pieces[ordinals[0]].numel for ordinals in slices]
-        copies = Copies.of(runs)
+        pieces, step = footprint.chunk.slices, footprint.step
+        programs = self._footprints.programs.step(step.trace)
+        copies, slices, numels = step.copies, step.stood_for, step.traced_numels
         came: dict[tuple[int, int], int] = {}
         in_backward = self._footprints.training.update_in_backward
-        for index, segment in enumerate(footprint.trace.segments):
+        for index, segment in enumerate(step.trace.segments):
             first = base_of(segment.place, copies)
-            num = copies.num[segment.place] if segment.place >= 0 else 1
+            num = copies.num_of(segment.place)
             for copy in range(num) if segment.phase == "forward" else reversed(range(num)):
 
                 def updated(ops: Ops, name: int, size_bytes: int, traced: int, copy: int = copy) -> None:
@@ -162,8 +157,11 @@ class Replay:
                 ops.give(*blocks.pop(-1 - event))
         return {name for name, _ in blocks.values()}
 
+    def _update_program(self, piece: Slice, update: Update) -> UpdateProgram:
+        return self._footprints.programs.update(self._footprints.updates.update_trace(piece, self._schedule, update))
+
     def _run(self, ops: Ops, base: int | None = None) -> None:
-        for pool, program in zip(self._pools, ops.programs(self._footprints.interned), strict=True):
+        for pool, program in zip(self._pools, ops.programs(self._footprints.programs.interned), strict=True):
             if program is None:
                 continue
             try:

@@ -70,14 +70,14 @@ def run_phases(
     for phase in chunks[0].phase_peak_bytes:
         highest = max(chunks, key=lambda chunk: chunk.phase_peak_bytes[phase])
         steps.append(peak(phase, highest.phase_peak_bytes[phase] + workspaces_bytes, highest.chunk.index))
-    loaded = sum(footprints.resident(schedule))
+    loaded = footprints.resident(schedule).total_bytes
     switching = loaded + workspaces_bytes
     between = switching + max(_staying(footprints, chunk, schedule) for chunk in pieces)
     return [
         peak("load", loaded),
         *steps,
         peak("switch", switching),
-        peak("evaluation", between + footprints.evaluation_bytes()),
+        peak("evaluation", between + footprints.steps.evaluation_bytes),
         peak("checkpoint", between),
         peak("export", switching),
     ]

@@ -5,15 +5,20 @@ traces.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
+from chunkplan.engine.arithmetic import ceil_div, round_up
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout, StateTensor, largest_tensors
 from chunkplan.engine.spec import Optimizer, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk, Slice
-from chunkplan.planner.footprint.folded import NO_COPIES, FoldedStep, SegmentSummary, rounded
+from chunkplan.planner.footprint.by_category import NOTHING, Amount, ByCategory
+from chunkplan.planner.footprint.folded import fold, segment_moments
 from chunkplan.planner.spec import GpuSpec
-from chunkplan.planner.timing.roofline import Rates, TransferTime, passage, transfer_seconds
+from chunkplan.planner.timing.roofline import Rates
+from chunkplan.planner.timing.transfers import TransferTime, passage, transfer_seconds
+from chunkplan.planner.trace.layers import NO_COPIES
 from chunkplan.planner.trace.step_trace import StepTrace
 from chunkplan.planner.trace.store import TraceStore, deciding_an_update
 from chunkplan.planner.trace.structure import ModelStructure
@@ -31,20 +36,19 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceFigures:
-    """The update of one slice in numbers: highest moments relative to its beginning, its change,
-    its seconds.
-    """
+class SliceUpdate(Generic[Amount]):
+    """The update of one slice: highest moments relative to its beginning, its change, its seconds."""
 
-    clip_peak: int
+    clip_peak: Amount
+    peak: Amount
+    net: Amount
+    states: Amount
+    """On the device."""
     clip_seconds: float
-    peak: int
-    net: int
     seconds: float
     """Seconds of the update alone."""
-    passage: TransferTime
-    states_bytes: int
-    """On the device."""
+    transfer: TransferTime
+    """The same, with the states' way to the device and back."""
 
 
 def updates_of_visit(schedule: ResolvedSchedule) -> list[Update]:
@@ -66,7 +70,6 @@ class SliceUpdates:
         structure: the model's.
         granularity: every block is rounded up to a multiple of this many bytes.
         rates: what the device achieves.
-        folded: folds a trace, once.
     """
 
     def __init__(
@@ -77,12 +80,12 @@ class SliceUpdates:
         structure: ModelStructure,
         granularity: int,
         rates: Rates,
-        folded: Callable[[StepTrace], FoldedStep],
     ) -> None:
         self.store, self.training, self.gpu, self.structure = store, training, gpu, structure
-        self.granularity, self._rates, self._folded = granularity, rates, folded
+        self.granularity, self._rates = granularity, rates
         self._columns = [info.num_columns for info in structure.parameters]
-        self._slices: dict[tuple[Hashable, ...], dict[tuple[int, int], SliceFigures]] = {}
+        self._by_category: dict[StepTrace, tuple[ByCategory, ByCategory, ByCategory]] = {}
+        self._totals: dict[tuple[Hashable, ...], dict[tuple[int, int], SliceUpdate[int]]] = {}
         self._blocks: dict[tuple[int, int, StateLayout], list[dict[str, StateTensor]]] = {}
         self._states: dict[tuple[int, int, str], tuple[int, int]] = {}
         self._deciding: dict[ResolvedSchedule, str] = {}
@@ -125,7 +128,7 @@ class SliceUpdates:
         shapes = ((piece.numel, self._num_columns(piece)) for chunk in chunks for piece in chunk.slices)
         return sum(layout.host_bytes(*shape) * count for shape, count in Counter(shapes).items())
 
-    def _deciding_a_slice(self, schedule: ResolvedSchedule) -> str:
+    def deciding(self, schedule: ResolvedSchedule) -> str:
         """Return what of a schedule decides the update of a slice; see :func:`deciding_an_update`."""
         if schedule not in self._deciding:
             self._deciding[schedule] = deciding_an_update(schedule)
@@ -136,7 +139,7 @@ class SliceUpdates:
 
     def rounded(self, size_bytes: int) -> int:
         """Size of a block as the device's allocator counts it."""
-        return rounded(size_bytes, self.granularity)
+        return round_up(size_bytes, self.granularity)
 
     def states_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> int:
         """What the optimizer keeps on the device for a slice."""
@@ -148,75 +151,97 @@ class SliceUpdates:
 
     def _states_bytes(self, piece: Slice, schedule: ResolvedSchedule) -> tuple[int, int]:
         """On the device, and on the host between visits; known for slices of one size and width."""
-        key = (piece.numel, self._num_columns(piece), self._deciding_a_slice(schedule))
+        key = (piece.numel, self._num_columns(piece), self.deciding(schedule))
         if key not in self._states:
             layout = StateLayout.of(self.training, schedule)
             on_device = sum(map(self.rounded, layout.device_bytes(*key[:2])))
             self._states[key] = on_device, layout.host_bytes(*key[:2])
         return self._states[key]
 
-    def summaries(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> dict[str, SegmentSummary]:
-        """Return what the update of a slice does to the footprint, by phase: clip and optimizer."""
-        folded = self._folded(self.update_trace(piece, schedule, update))
-        return {summary.phase: summary for summary in folded.summaries(NO_COPIES, ())}
+    def by_category(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceUpdate[ByCategory]:
+        """The update of a slice, by category."""
+        trace = self.update_trace(piece, schedule, update)
+        clip, rule = (next(each for each in trace.segments if each.phase == phase) for phase in ("clip", "optimizer"))
+        if trace not in self._by_category:
+            folded = fold(trace, self.granularity).by_category
+            moments = segment_moments(folded, NO_COPIES, (), NOTHING)
+            phases = {segment.phase: found for segment, found in zip(folded, moments, strict=True)}
+            self._by_category[trace] = (phases["clip"][0], *phases["optimizer"])
+        clip_peak, peak, net = self._by_category[trace]
+        seconds = self._rates.seconds(rule.work)
+        return SliceUpdate(
+            clip_peak=clip_peak,
+            peak=peak,
+            net=net,
+            states=ByCategory.of("optimizer_states", self.states_bytes(piece, schedule)),
+            clip_seconds=self._rates.seconds(clip.work),
+            seconds=seconds,
+            transfer=self._transfer_time(piece, schedule, update, seconds),
+        )
 
-    def figures(self, chunk: Chunk, schedule: ResolvedSchedule, update: Update, *, rough: bool) -> list[SliceFigures]:
-        """Return figures of the chunk's slices, which are equal for slices of one size and width."""
-        kept = (schedule.states, schedule.state_dtype.value, schedule.master.value)
-        known = self._slices.setdefault((kept, update.comes, update.leaves, rough), {})
-        figures_of = self._rough_figures if rough else self._slice_figures
+    def in_total(
+        self, chunk: Chunk, schedule: ResolvedSchedule, update: Update, *, rough: bool = False
+    ) -> list[SliceUpdate[int]]:
+        """The updates of the chunk's slices, which are equal for slices of one size and width.
+
+        Args:
+            chunk: the active one.
+            schedule: decides what is kept and moved.
+            update: the kind of update.
+            rough: estimate most from a few that are traced, see :meth:`_estimated`.
+        """
+        known = self._totals.setdefault((self.deciding(schedule), update.comes, update.leaves, rough), {})
+        total_of = self._estimated if rough else self._total
         found = []
         for piece in chunk.slices:
             key = (piece.stop - piece.start, self._columns[piece.index])
-            figures = known.get(key)
-            if figures is None:
-                figures = known[key] = figures_of(piece, schedule, update)
-            found.append(figures)
+            total = known.get(key)
+            if total is None:
+                total = known[key] = total_of(piece, schedule, update)
+            found.append(total)
         return found
 
-    def _slice_figures(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceFigures:
-        phases = self.summaries(piece, schedule, update)
-        clip, rule = phases["clip"], phases["optimizer"]
-        return SliceFigures(
-            clip_peak=sum(clip.peak),
-            clip_seconds=self.seconds(clip.work),
-            peak=sum(rule.peak),
-            net=sum(rule.net),
-            seconds=self.seconds(rule.work),
-            passage=self.transfer_time(piece, schedule, update, self.seconds(rule.work)),
-            states_bytes=self.states_bytes(piece, schedule),
+    def _total(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceUpdate[int]:
+        found = self.by_category(piece, schedule, update)
+        return SliceUpdate(
+            clip_peak=found.clip_peak.total_bytes,
+            peak=found.peak.total_bytes,
+            net=found.net.total_bytes,
+            states=found.states.total_bytes,
+            clip_seconds=found.clip_seconds,
+            seconds=found.seconds,
+            transfer=found.transfer,
         )
 
-    def _rough_figures(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceFigures:
-        """Estimate a slice's figures from a few sizes that are traced; states follow from their layout.
+    def _estimated(self, piece: Slice, schedule: ResolvedSchedule, update: Update) -> SliceUpdate[int]:
+        """Estimate a slice's update from a few sizes that are traced; its states follow from their layout.
 
         Stands for the slice: one or two full blocks; below a block the next power of two, whose time is
         launches.
         """
         if self.training.optimizer is Optimizer.ADAFACTOR or self.training.update_in_backward:
-            return self._slice_figures(piece, schedule, update)
+            return self._total(piece, schedule, update)
         is_small = piece.numel < BLOCK_NUMEL
-        numel = (
-            1 << (piece.numel - 1).bit_length() if is_small else min(2, -(-piece.numel // BLOCK_NUMEL)) * BLOCK_NUMEL
-        )
+        num_blocks = min(2, ceil_div(piece.numel, BLOCK_NUMEL))
+        numel = 1 << (piece.numel - 1).bit_length() if is_small else num_blocks * BLOCK_NUMEL
         typical = Slice(piece.index, 0, numel)
-        (traced,) = self.figures(Chunk(0, (typical,)), schedule, update, rough=False)
+        (traced,) = self.in_total(Chunk(0, (typical,)), schedule, update)
         share = 1.0 if is_small else piece.numel / numel
         states_bytes = self.states_bytes(piece, schedule)
-        stays = states_bytes - traced.states_bytes if update.comes and not update.leaves else 0
+        stays = states_bytes - traced.states if update.comes and not update.leaves else 0
         itemsize = self.training.trained_precision.itemsize
         smaller = self.rounded(typical.numel * itemsize) - self.rounded(piece.numel * itemsize)
-        return SliceFigures(
+        return SliceUpdate(
             clip_peak=traced.clip_peak,
-            clip_seconds=traced.clip_seconds * share,
             peak=traced.peak + max(stays, 0),
             net=traced.net + stays + smaller,
+            states=states_bytes,
+            clip_seconds=traced.clip_seconds * share,
             seconds=traced.seconds * share,
-            passage=self.transfer_time(piece, schedule, update, traced.seconds * share),
-            states_bytes=states_bytes,
+            transfer=self._transfer_time(piece, schedule, update, traced.seconds * share),
         )
 
-    def transfer_time(self, piece: Slice, schedule: ResolvedSchedule, update: Update, seconds: float) -> TransferTime:
+    def _transfer_time(self, piece: Slice, schedule: ResolvedSchedule, update: Update, seconds: float) -> TransferTime:
         """A slice's update of so many seconds, with what its states' way to the device and back
         adds to it.
         """
@@ -227,14 +252,7 @@ class SliceUpdates:
         bring, send = one_way * update.comes, one_way * update.leaves
         return passage(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
 
-    def seconds_in_a_row(self, passages: Iterable[TransferTime], update: Update) -> float:
-        """Return the seconds of slices in a row; where they share their buffers there is no pause between
-        them.
-        """
-        passages = list(passages)
-        edges = [each.edges for each in passages]
-        return sum(each.steady for each in passages) + (max(edges) if self.is_shared(update) else sum(edges))
-
-    def seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
-        """Return the seconds of operations, given as (FLOPs, bytes moved, how many such)."""
-        return sum(self._rates.op_seconds(flops, moved) * count for flops, moved, count in work)
+    def seconds_in_a_row(self, updates: Sequence[SliceUpdate[int]], update: Update) -> float:
+        """Seconds of slices in a row; where they share their buffers there is no pause between them."""
+        edges = [each.transfer.edges for each in updates]
+        return sum(each.transfer.steady for each in updates) + (max(edges) if self.is_shared(update) else sum(edges))

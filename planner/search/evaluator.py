@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ResolvedSchedule, TrainingSpec
 from chunkplan.planner.calibration.margins import Margin, calibration
-from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model
-from chunkplan.planner.catalog.overheads import Overheads, host_threads, overheads
+from chunkplan.planner.catalog import ModelEntry, find_gpu, find_model, host_threads
+from chunkplan.planner.catalog.overheads import Overheads, overheads
 from chunkplan.planner.footprint.cpu_process import (
     HOST_DATA_BYTES,
     PEFT_BYTES,
@@ -21,7 +21,6 @@ from chunkplan.planner.footprint.reserved import reserved_bytes
 from chunkplan.planner.footprint.run_phases import host_phases, run_phases
 from chunkplan.planner.paths import cache_dir
 from chunkplan.planner.spec import Breakdown, GpuSpec, Peak, PhasePeak, PlanRequest
-from chunkplan.planner.trace.step_trace import CATEGORIES
 from chunkplan.planner.trace.store import TraceStore
 
 MAX_MICRO_BATCH_TOKENS = 2**20
@@ -74,14 +73,10 @@ class Evaluator:
         usable = self.gpu.memory_bytes - self.overheads.driver_reserved_bytes
         self.capacity_bytes = min(usable, request.memory_limit_bytes or usable)
         self._footprints: dict[str, Footprints] = {}
-        self._keys: dict[int, tuple[str, TrainingSpec]] = {}
 
     def footprints(self, training: TrainingSpec) -> Footprints:
         """Footprints under a spec; specs that differ only in the schedule share them."""
-        key = self._keys.get(id(training), ("", training))[0]
-        if not key:
-            key = training.model_dump_json(exclude={"schedule"})
-            self._keys[id(training)] = key, training
+        key = training.model_dump_json(exclude={"schedule"})
         if key not in self._footprints:
             self._footprints[key] = self._warm_footprints(key, training)
         return self._footprints[key]
@@ -150,8 +145,8 @@ class Evaluator:
     def _peak(self, footprints: Footprints, outline: Outline) -> Peak:
         chunks, schedule, extra = outline.chunks, outline.schedule, self.overheads
         highest = max(chunks, key=lambda chunk: chunk.peak_bytes)
-        moment = max(footprints.moments(highest.chunk, schedule), key=lambda moment: moment.allocated_bytes)
-        categories = dict(zip(CATEGORIES, moment.by_category, strict=True))
+        moment = max(footprints.moments(highest.chunk, schedule), key=lambda moment: moment.live.total_bytes)
+        categories = moment.live.as_dict()
         categories["workspace"] += extra.workspace_bytes * extra.num_workspaces
         breakdown = Breakdown(**categories)
         reserved = allocated = breakdown.total_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.engine.spec import CheckpointedLayers, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk
 from chunkplan.planner.spec import Peak
@@ -38,7 +39,7 @@ def cause(structure: ModelStructure, chunk: Chunk, training: TrainingSpec, peak:
             "states" if parts["optimizer_states"] > parts["gradients"] else "gradients"
         )  # fmt: skip
         what = f"{states} of {_described(structure, chunk, training)} are {size(own)}"
-        pieces = min(max(2, -(-own // max(weights // 64, 1))), _MAX_ADVISED_PIECES)
+        pieces = min(max(2, ceil_div(own, max(weights // 64, 1))), _MAX_ADVISED_PIECES)
         return f"{what}: cut it into {pieces}" if training.method != "lora" else f"{what}: use a smaller rank"
     if biggest == "activations":
         kept = f"activations in {peak.phase} of chunk {peak.chunk_index} are {size(parts['activations'])}"

@@ -64,6 +64,10 @@ class Rates:
         """Time of one operation that computes ``flops`` and reads and writes ``moved_bytes`` together."""
         return max(flops / self.flops, moved_bytes / self.bandwidth, self.floor_seconds)
 
+    def seconds(self, work: Iterable[tuple[int, int, int]]) -> float:
+        """Seconds of operations one after another, given as (FLOPs, bytes moved, how many such)."""
+        return sum(self.op_seconds(flops, moved_bytes) * count for flops, moved_bytes, count in work)
+
 
 def rates(precision: Precision, gpu: GpuSpec) -> Rates:
     """Achievable rates; the CPU's catalog rates are achievable ones already."""
@@ -74,49 +78,3 @@ def rates(precision: Precision, gpu: GpuSpec) -> Rates:
     matmul = _MATMUL.get(gpu.compute_capability or "", _MATMUL_DEFAULT).matmul
     efficiency = MATMUL_FP32_EFFICIENCY if precision is Precision.FP32 else matmul
     return Rates(peak_flops * efficiency, gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY, CUDA_LAUNCH_SECONDS)
-
-
-def op_seconds(flops: int, moved_bytes: int, precision: Precision, gpu: GpuSpec) -> float:
-    """Seconds of one operation on a device."""
-    return rates(precision, gpu).op_seconds(flops, moved_bytes)
-
-
-def ops_seconds(ops: Iterable[tuple[int, int, int]], precision: Precision, gpu: GpuSpec) -> float:
-    """Seconds of operations one after another, given as (flops, moved_bytes, count)."""
-    device = rates(precision, gpu)
-    return sum(device.op_seconds(flops, moved_bytes) * count for flops, moved_bytes, count in ops)
-
-
-def transfer_seconds(num_bytes: int, gpu: GpuSpec) -> float:
-    """Seconds to copy between host and device in one direction (CPU: from one place in memory to another)."""
-    return num_bytes / gpu.link_bandwidth
-
-
-@dataclass(frozen=True, slots=True)
-class TransferTime:
-    """Seconds of an update block by block, while states come and go beside it."""
-
-    steady: float
-    """While blocks follow one another."""
-    edges: float
-    """More, where no block is before the first one and none after the last: nothing hides their copies there.
-    """
-
-
-def passage(update: float, bring: float, send: float, num_blocks: int, *, takes_turns: bool) -> TransferTime:
-    """What :mod:`chunkplan.engine.optimizer.state_transfer` makes of updates and copies.
-
-    A block's states come while the block before it is updated, and leave while the block after it is. Where
-    they take turns in two buffers, a block's states cannot come before those of the last but one have left:
-    two blocks then take at least as long as one block's way through.
-
-    Args:
-        update: seconds of all blocks' updates.
-        bring: seconds of all copies to the device.
-        send: seconds of all copies to the host.
-        num_blocks: how many blocks there are, at least 1.
-        takes_turns: states both come and leave, through two buffers.
-    """
-    in_turn = (update + bring + send) / 2 if takes_turns else 0.0
-    steady = max(update, bring, send, in_turn)
-    return TransferTime(steady, (update + bring + send - steady) / num_blocks)

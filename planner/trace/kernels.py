@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from transformers import masking_utils
 
+from chunkplan.engine.arithmetic import round_up
 from chunkplan.engine.gradients.cut_parameter import CutParameter, CutTranspose
 from chunkplan.engine.model.autocast import autocast_operands
 from chunkplan.engine.torch_internals import fused_attention_choice, torch_grouped_product, without_modes
+from chunkplan.planner.catalog import host_threads
 from chunkplan.planner.catalog.overheads import (
     ONEDNN_SCRATCH_BYTES,
     ONEDNN_TRANSPOSED_BYTES,
     ONEDNN_TRANSPOSED_MAX_BYTES,
-    attention_backward_scratch_bytes,
-    host_threads,
 )
 
 _aten = torch.ops.aten
@@ -260,6 +260,23 @@ def kernel_scratch_bytes(func: Any, args: Any, out: Any, device_kind: str) -> in
             batch_size, num_heads, key.shape[1], seq_len, head_dim, query.element_size()
         )
     return 0
+
+
+def attention_backward_scratch_bytes(
+    batch_size: int, num_heads: int, num_key_value_heads: int, seq_len: int, head_dim: int, itemsize: int
+) -> int:
+    """Temporaries inside FlashAttention-2's backward kernel on CUDA, which meta kernels do not allocate.
+
+    An fp32 accumulator of the query gradient and the row sums (sequence padded to 128, head size to 32 or,
+    above 192, to 256), and, with grouped queries, key and value gradients of every query head before they are
+    summed. Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
+    """
+    rows = batch_size * num_heads * round_up(seq_len, 128)
+    padded_head_dim = round_up(head_dim, 32) if head_dim <= 192 else 256
+    accumulators = rows * (padded_head_dim + 1) * 4
+    if num_heads == num_key_value_heads:
+        return accumulators
+    return accumulators + 2 * batch_size * num_heads * seq_len * head_dim * itemsize
 
 
 def _promotion_bytes(args: Any, out: Any) -> int:

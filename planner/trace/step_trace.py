@@ -7,7 +7,6 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,9 +37,12 @@ class Segment:
     work: tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepTrace:
-    """One traced micro-batch of one chunk: forward and backward."""
+    """One traced micro-batch of one chunk: forward and backward.
+
+    Two traces are the same one or differ, so that what follows from a trace can be kept under it.
+    """
 
     blocks: tuple[Block, ...]
     segments: tuple[Segment, ...]
@@ -66,36 +68,3 @@ class StepTrace:
             ),
             tuple(value["slice_numels"]),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRun:
-    """Consecutive layers that do the same in a step: three are traced, the middle one stands for
-    ``num_layers`` − 2.
-    """
-
-    first: int
-    num_layers: int
-
-    @property
-    def traced(self) -> tuple[int, ...]:
-        """Indices of the layers that are traced."""
-        if self.num_layers <= 3:
-            return tuple(range(self.first, self.first + self.num_layers))
-        return self.first, self.first + 1, self.first + self.num_layers - 1
-
-    @property
-    def repeats(self) -> tuple[int, ...]:
-        """How many real layers each traced one stands for."""
-        return (1,) * self.num_layers if self.num_layers <= 3 else (1, self.num_layers - 2, 1)
-
-
-def layer_runs(roles: Sequence[object]) -> list[LayerRun]:
-    """Group equal neighbours."""
-    runs: list[LayerRun] = []
-    for index, role in enumerate(roles):
-        if index and role == roles[index - 1]:
-            runs[-1] = LayerRun(runs[-1].first, runs[-1].num_layers + 1)
-        else:
-            runs.append(LayerRun(index, 1))
-    return runs

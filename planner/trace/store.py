@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from chunkplan.engine.spec import Optimizer, ResolvedSchedule, TrainingSpec
 from chunkplan.engine.stream.chunks import Chunk
-from chunkplan.planner.catalog.overheads import host_threads
+from chunkplan.planner.catalog import host_threads
 from chunkplan.planner.paths import cache_dir
+from chunkplan.planner.trace.roles import ChunkRoles
 from chunkplan.planner.trace.step_trace import StepTrace
-from chunkplan.planner.trace.structure import ChunkRoles, ModelStructure
+from chunkplan.planner.trace.structure import ModelStructure
 from chunkplan.planner.version import code_digest
 
 if TYPE_CHECKING:

@@ -34,9 +34,11 @@ from chunkplan.engine.torch_internals import storage_key
 from chunkplan.engine.training.step import compute_loss, forward_backward, prepared
 from chunkplan.planner.trace.autocast import traced_autocast
 from chunkplan.planner.trace.kernels import traced_kernels
+from chunkplan.planner.trace.layers import layer_runs
 from chunkplan.planner.trace.recorder import Known, MemoryTrace
-from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, Block, StepTrace, layer_runs
-from chunkplan.planner.trace.structure import ChunkRoles, ModelStructure
+from chunkplan.planner.trace.roles import ChunkRoles
+from chunkplan.planner.trace.step_trace import CATEGORIES, EMBED, HEAD, Block, StepTrace
+from chunkplan.planner.trace.structure import ModelStructure
 
 _GRADIENTS = CATEGORIES.index("gradients")
 _ACTIVATIONS, _LOSS = CATEGORIES.index("activations"), CATEGORIES.index("loss")
@@ -212,7 +214,7 @@ class ModelTracer:
 
     def _taking_part(self, active: list[ActiveSlice], kept: list[int]) -> list[ActiveSlice]:
         """The active slices outside the layers and in the kept ones: see
-        :func:`chunkplan.planner.trace.structure.stand_ins`.
+        :func:`chunkplan.planner.trace.roles.stand_ins`.
         """
         left_out = set(range(len(self.layers))) - set(kept) if self._is_composed else set()
         absent = {id(parameter) for index in left_out for parameter in self.layers[index].parameters()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import product
 
+from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ModelConfig, ModelPath
 from chunkplan.planner.answers.comparison import single_request
@@ -171,7 +172,7 @@ class PlanService:
 
 def thin(timeline: Timeline, max_points: int) -> Timeline:
     """At most ``max_points`` points: of every group of neighbours, the highest one."""
-    stride = -(-len(timeline.points) // max_points)
+    stride = ceil_div(len(timeline.points), max_points)
     if stride <= 1:
         return timeline
     groups = [timeline.points[i : i + stride] for i in range(0, len(timeline.points), stride)]

@@ -146,16 +146,6 @@ def test_expandable_segments_give_back_free_pages_around_live_blocks():
     assert allocator.reserved_bytes == 160 * MIB
 
 
-def test_peaks_restart_from_the_current_values():
-    allocator = CachingAllocator()
-    allocator.malloc(0, 40 * MIB)
-    allocator.malloc(1, 2 * MIB)
-    allocator.free(0)
-    allocator.reset_peaks()
-    assert allocator.max_allocated_bytes == 2 * MIB
-    assert allocator.max_reserved_bytes == 60 * MIB
-
-
 def test_misuse_is_named():
     allocator = CachingAllocator()
     allocator.malloc(7, 0)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from chunkplan.planner.catalog import find_gpu, gpus
-from chunkplan.planner.catalog.overheads import attention_backward_scratch_bytes, overheads
+from chunkplan.planner.catalog.overheads import overheads
 
 MIB = 1024**2
 
@@ -86,11 +86,3 @@ def test_the_runtime_base_is_what_a_process_takes_here():
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     measured_bytes = int(answer.split()[1]) * 1024
     assert 0.6 < overheads(find_gpu("cpu")).runtime_bytes / measured_bytes < 1.6
-
-
-def test_attention_scratch_holds_an_fp32_query_gradient():
-    plain = attention_backward_scratch_bytes(1, 32, 32, 1024, 128, itemsize=2)
-    assert plain == 32 * 1024 * (128 + 1) * 4
-    grouped = attention_backward_scratch_bytes(1, 32, 8, 1024, 128, itemsize=2)
-    assert grouped == plain + 2 * 32 * 1024 * 128 * 2
-    assert attention_backward_scratch_bytes(1, 9, 9, 1000, 64, itemsize=2) == 9 * 1024 * 65 * 4

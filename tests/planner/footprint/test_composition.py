@@ -5,12 +5,14 @@ import pytest
 from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.engine.stream.chunks import Chunk, Slice, partition
 from chunkplan.planner import PlanRequest, plan
-from chunkplan.planner.footprint import footprint
+from chunkplan.planner.footprint import steps
+from chunkplan.planner.footprint.by_category import NOTHING
 from chunkplan.planner.footprint.compose import compose
-from chunkplan.planner.footprint.folded import Copies, fold
-from chunkplan.planner.trace import structure, tracer
-from chunkplan.planner.trace.step_trace import LayerRun, layer_runs
-from chunkplan.planner.trace.structure import chunk_roles, stand_ins
+from chunkplan.planner.footprint.folded import fold, segment_moments
+from chunkplan.planner.trace import roles as trace_roles
+from chunkplan.planner.trace import tracer
+from chunkplan.planner.trace.layers import Copies, LayerRun, layer_runs
+from chunkplan.planner.trace.roles import chunk_roles, stand_ins
 from chunkplan.planner.trace.tracer import ModelTracer
 
 BASE = {
@@ -74,9 +76,10 @@ def peak_bytes(trace, runs, numels, itemsize):
     """(highest moment, what is left) of a folded step: in totals, which by category say the same."""
     folded, copies = fold(trace, 512), Copies.of(runs)
     block_sizes = folded.sizes(copies, numels, itemsize)
-    totals = list(folded.totals(copies, block_sizes))
-    summaries = folded.summaries(copies, block_sizes)
-    assert [(sum(summary.peak), sum(summary.net)) for summary in summaries] == totals
+    totals = list(segment_moments(folded.totals, copies, block_sizes, 0))
+    sizes_by_category = folded.sizes_by_category(block_sizes)
+    by_category = segment_moments(folded.by_category, copies, sizes_by_category, NOTHING)
+    assert [(peak.total_bytes, net.total_bytes) for peak, net in by_category] == totals
     live, highest = 0, 0
     for peak, net in totals:
         highest = max(highest, live + peak)
@@ -196,7 +199,7 @@ def test_reserved_bytes_are_those_of_the_whole_model(changes, monkeypatch, tmp_p
     training = {"seq_len": 64, "micro_batch_size": 4, "optimizer": "adamw", **changes}
     request = parse(PlanRequest, {"model": {"config": config}, "gpu": "rtx-4090", "training": training})
     composed = plan(request).peak
-    for module in (footprint, tracer, structure):
+    for module in (steps, tracer, trace_roles):
         monkeypatch.setattr(module, "layer_runs", lambda roles: [LayerRun(index, 1) for index in range(len(roles))])
     monkeypatch.setenv("CHUNKPLAN_CACHE_DIR", str(tmp_path))
     assert plan(request).peak == composed

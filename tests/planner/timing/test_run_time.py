@@ -6,7 +6,7 @@ from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import parse
 from chunkplan.planner import PlanRequest, plan
 from chunkplan.planner.catalog import find_gpu
-from chunkplan.planner.timing.roofline import passage
+from chunkplan.planner.timing.transfers import passage
 from tests.planner.report.test_exports import TINY
 
 

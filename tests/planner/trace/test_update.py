@@ -5,7 +5,9 @@ import pytest
 from chunkplan.engine.optimizer.state_layout import BLOCK_NUMEL, StateLayout
 from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.planner import PlanRequest, plan, timeline
-from chunkplan.planner.footprint.folded import NO_COPIES, fold
+from chunkplan.planner.footprint.by_category import NOTHING
+from chunkplan.planner.footprint.folded import fold, segment_moments
+from chunkplan.planner.trace.layers import NO_COPIES
 from chunkplan.planner.trace.slice_update import trace_update
 from chunkplan.planner.trace.step_trace import CATEGORIES
 
@@ -18,9 +20,10 @@ def states_of_update(device_kind, num_blocks, *, comes=True, leaves=True, is_sha
     numel = num_blocks * BLOCK_NUMEL
     options = {"comes": comes, "leaves": leaves, "is_shared": is_shared}
     trace = trace_update(device_kind, numel, 1024, spec, spec.schedule, **options)
-    (found,) = [s for s in fold(trace, 1).summaries(NO_COPIES, ()) if s.phase == "optimizer"]
+    segments = [segment for segment in fold(trace, 1).by_category if segment.phase == "optimizer"]
+    ((peak, net),) = segment_moments(segments, NO_COPIES, (), NOTHING)
     per_block = sum(StateLayout.of(spec, spec.schedule).device_bytes(BLOCK_NUMEL, 1024))
-    return found.peak[STATES] / per_block, found.net[STATES] / per_block
+    return peak.values[STATES] / per_block, net.values[STATES] / per_block
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion"])
