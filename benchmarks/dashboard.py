@@ -40,7 +40,7 @@ from chunkplan.service.db.tables import (
     ProfileRow,
 )
 from chunkplan.service.job_states import JobState, Reason
-from chunkplan.service.jobs.turn import turn_at
+from chunkplan.service.jobs.admission import turn_at
 from chunkplan.service.kit.ids import new_id
 from chunkplan.service.operation.logs import configure_logging
 from chunkplan.service.operation.retention import Retention

@@ -25,11 +25,6 @@ class JobState(StrEnum):
         """Whether nothing can change any more."""
         return not TRANSITIONS[self]
 
-    @property
-    def is_active(self) -> bool:
-        """Whether an attempt may be running."""
-        return self in ACTIVE
-
 
 class Reason(StrEnum):
     """Why a job is in its state, or why an attempt ended."""

@@ -48,6 +48,11 @@ class Services:
     closing: Event
     """Set when the server is about to stop, so that streams end."""
 
+    @property
+    def is_working(self) -> bool:
+        """Whether jobs are looked after, and the server is not about to stop."""
+        return self.supervisor.is_alive() and not self.closing.is_set()
+
 
 def build_services(settings: Settings, planner: Planner | None = None, clock: Clock | None = None) -> Services:
     """The parts of one server.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import TypeVar
 
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ModelRef, TrainingSpec, parse
 from chunkplan.planner.answers.plan import plan
 from chunkplan.planner.spec import GpuRef, Plan, PlanRequest, Result
+
+Answer = TypeVar("Answer")
 
 
 class Compared(Result):
@@ -33,22 +37,39 @@ def compare(
     Raises:
         InputError: all of them are refused; names the first one's field.
     """
-    found, first = [], None
-    for gpu in gpus:
-        for method in methods:
-            name = gpu if isinstance(gpu, str) else gpu.name
-            try:
-                planned = plan(single_request(model, gpu, method, training, memory_limit_bytes))
-                found.append(Compared(gpu=name, method=method, plan=planned))
-            except InputError as error:
-                first = first or error
-                found.append(Compared(gpu=name, method=method, field=error.field, refusal=error.message))
-    if first is not None and all(entry.plan is None for entry in found):
-        raise first
+    answers = each_pair(model, gpus, methods, training, memory_limit_bytes, plan)
+    refusals = [answer for _, _, answer in answers if isinstance(answer, InputError)]
+    if refusals and len(refusals) == len(answers):
+        raise refusals[0]
+    return [_compared(*answer) for answer in answers]
+
+
+def _compared(gpu: str, method: str, answer: Plan | InputError) -> Compared:
+    if isinstance(answer, InputError):
+        return Compared(gpu=gpu, method=method, field=answer.field, refusal=answer.message)
+    return Compared(gpu=gpu, method=method, plan=answer)
+
+
+def each_pair(
+    model: ModelRef,
+    gpus: Sequence[GpuRef],
+    methods: Sequence[str],
+    training: TrainingSpec,
+    memory_limit_bytes: int | None,
+    ask: Callable[[PlanRequest], Answer],
+) -> list[tuple[str, str, Answer | InputError]]:
+    """(device, method, what ``ask`` says or how it refuses) of every device and method, devices outermost."""
+    found: list[tuple[str, str, Answer | InputError]] = []
+    for gpu, method in product(gpus, methods):
+        name = gpu if isinstance(gpu, str) else gpu.name
+        try:
+            found.append((name, method, ask(_single_request(model, gpu, method, training, memory_limit_bytes))))
+        except InputError as error:
+            found.append((name, method, error))
     return found
 
 
-def single_request(
+def _single_request(
     model: ModelRef, gpu: GpuRef, method: str, training: TrainingSpec, memory_limit_bytes: int | None
 ) -> PlanRequest:
     """The request of one pair; a method of one chunk takes everything but the schedule.

@@ -37,7 +37,7 @@ class ByCategory:
         return dict(zip(CATEGORIES, self.values, strict=True))
 
     def without(self, category: str) -> ByCategory:
-        """The same with no bytes of that category."""
+        """All bytes but those of one category."""
         return ByCategory(
             tuple(0 if name == category else value for name, value in zip(CATEGORIES, self.values, strict=True))
         )

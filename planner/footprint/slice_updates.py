@@ -48,7 +48,7 @@ class SliceUpdate(Generic[Amount]):
     seconds: float
     """Seconds of the update alone."""
     transfer: TransferTime
-    """The same, with the states' way to the device and back."""
+    """Time of the update with the states' way to the device and back."""
 
 
 def updates_of_visit(schedule: ResolvedSchedule) -> list[Update]:

@@ -6,16 +6,16 @@ from fastapi import APIRouter
 
 from chunkplan.planner.catalog import gpus, models
 from chunkplan.service.catalog.schemas import GpuView, ModelView
-from chunkplan.service.http.dependencies import ServicesDep
+from chunkplan.service.http.dependencies import ServerDep
 from chunkplan.service.kit.paging import Page
 
 router = APIRouter(prefix="/v1", tags=["catalogs"])
 
 
 @router.get("/models")
-def list_models(services: ServicesDep) -> Page[ModelView]:
+def list_models(server: ServerDep) -> Page[ModelView]:
     """Every model that can be named; any other is given by path or by its config."""
-    folder = services.settings.models_dir
+    folder = server.settings.models_dir
     return Page.of([ModelView.of(entry, trainable=(folder / entry.id / "config.json").is_file()) for entry in models()])
 
 

@@ -26,16 +26,7 @@ class ModelView(Listed):
     @classmethod
     def of(cls, entry: ModelEntry, *, trainable: bool) -> ModelView:
         """The view of a catalog row."""
-        return cls(
-            id=entry.id,
-            hf_name=entry.hf_name,
-            architecture=entry.architecture,
-            num_parameters=entry.num_parameters,
-            licence=entry.licence,
-            source=entry.source,
-            trainable=trainable,
-            config=entry.config,
-        )
+        return cls.from_row(entry, trainable=trainable)
 
 
 class GpuView(Listed, GpuSpec):

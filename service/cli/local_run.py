@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chunkplan import planner
-from chunkplan.engine.data import check_dataset
 from chunkplan.engine.errors import InputError
-from chunkplan.engine.spec import DatasetSpec, JobRequest, ModelPath, RunSpec, TrainingSpec, parse
-from chunkplan.planner.catalog import find_model
+from chunkplan.engine.spec import JobRequest, RunSpec
 from chunkplan.planner.spec import Plan, PlanRequest
 from chunkplan.service.cli.server import settings_with
 from chunkplan.service.execution.executors.protocol import Launch
-from chunkplan.service.jobs.admission import resolved_training
-from chunkplan.service.jobs.run_spec import run_spec
-from chunkplan.service.machines.devices import choose, local_devices
+from chunkplan.service.jobs.preparation import JobPreparation
+from chunkplan.service.machines.devices import local_devices
 from chunkplan.service.settings import Settings
 
 
@@ -58,67 +55,60 @@ def prepare(request: JobRequest, run_dir: Path | None, data_dir: Path | None) ->
         InputError: something in it cannot be used; names the field.
     """
     settings = settings_with(data_dir=data_dir)
-    model_folder = _model_folder(request, settings)
-    choice = choose(local_devices(settings.devices), request.gpu)
-    device = choice.device
-    dataset, validation = _datasets(request.dataset)
-    training = parse(TrainingSpec, request.training.model_dump(include=set(TrainingSpec.model_fields)))
-    plan = planner.plan(
-        PlanRequest(
-            model=ModelPath(path=str(model_folder)),
-            gpu=choice.gpu,
-            memory_limit_bytes=device.limit_bytes,
-            training=training,
-        )
-    )
+    prepared = JobPreparation(LocalSources(settings), local_devices(settings.devices)).prepare(request)
+    device = prepared.choice.device
     folder = (run_dir or settings.data_dir / "runs" / request.name).absolute()
-    spec = run_spec(
-        request,
-        plan,
-        resolved_training(request.training, plan),
-        job_id=f"local-{request.name}",
-        model_folder=model_folder,
-        dataset_path=dataset,
-        dataset_name=dataset.name,
-        validation_path=validation,
-        taken=lambda prefix: _output_names(folder),
-        device=device.engine_name,
-    )
+    spec = prepared.run_spec(f"local-{request.name}", lambda prefix: _output_names(folder), device.engine_name)
     if request.output.name is None and (begun := _output_name(folder)) is not None:
         spec = spec.model_copy(update={"output_name": begun})
     number = _attempt_number(folder, spec)
     launch = Launch(attempt_id=f"{spec.job_id}-{number}", run_dir=folder, number=number, device=device.name)
-    return LocalRun(folder, spec, plan, launch, settings.locks_dir)
+    return LocalRun(folder, spec, prepared.plan, launch, settings.locks_dir)
 
 
-def _model_folder(request: JobRequest, settings: Settings) -> Path:
-    if isinstance(request.model, ModelPath):
-        return Path(request.model.path).expanduser().absolute()
-    if not isinstance(request.model, str):
-        raise InputError("model.config", "a job needs weights: give a catalog id or a path")
-    name = find_model(request.model).id
-    folder = settings.models_dir / name
-    if not (folder / "config.json").is_file():
-        raise InputError("model", f"the weights of {name!r} are not in {folder}: put them there, or give a path")
-    return folder
+class LocalSources:
+    """The parts of a job on this machine: whatever path the user may read, no uploads, no stored plans."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._models_dir = settings.models_dir
+
+    def weights(self, model_id: str) -> Path:
+        """The catalog model's folder below ``models/``."""
+        folder = self._models_dir / model_id
+        if not (folder / "config.json").is_file():
+            message = f"the weights of {model_id!r} are not in {folder}: put them there, or give a path"
+            raise InputError("model", message)
+        return folder
+
+    def model_folder(self, given: str) -> Path:
+        """Any folder."""
+        folder = _absolute(given)
+        if not (folder / "config.json").is_file():
+            raise InputError("model.path", f"{given} is not a model folder: it has no config.json")
+        return folder
+
+    def data_file(self, field: str, given: str) -> Path:
+        """Any file."""
+        path = _absolute(given)
+        if not path.exists():
+            raise InputError(field, f"{given} does not exist")
+        return path
+
+    def upload(self, field: str, file_id: str) -> tuple[Path, str]:
+        """There are none here."""
+        raise InputError(field, "uploads belong to a service; give a path")
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """A plan made in this process."""
+        return planner.plan(request)
+
+    def planned_request(self, plan_id: str) -> PlanRequest:
+        """There are none here."""
+        raise InputError("plan_id", "plans are kept by a service; leave it out")
 
 
-def _datasets(given: DatasetSpec) -> tuple[Path, Path | None]:
-    """The checked files to train and to evaluate on."""
-    if given.path is None:
-        raise InputError("dataset.file_id", "uploads belong to a service; give a path")
-    if given.validation_file_id is not None:
-        raise InputError("dataset.validation_file_id", "uploads belong to a service; give a path")
-    path = Path(given.path).expanduser().absolute()
-    check_dataset(path, given.format)
-    if given.validation_path is None:
-        return path, None
-    validation = Path(given.validation_path).expanduser().absolute()
-    try:
-        check_dataset(validation, given.format)
-    except InputError as error:
-        raise InputError("dataset.validation_path", error.message) from error
-    return path, validation
+def _absolute(given: str) -> Path:
+    return Path(given).expanduser().absolute()
 
 
 def _attempt_number(folder: Path, spec: RunSpec) -> int:

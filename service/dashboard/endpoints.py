@@ -11,7 +11,8 @@ from fastapi import APIRouter, Query
 from chunkplan.planner.calibration.residuals import STEP
 from chunkplan.service.dashboard.repository import DashboardRepository
 from chunkplan.service.dashboard.schemas import AccuracyRow, DeviceView, Dimension, Summary, UsageRow
-from chunkplan.service.http.dependencies import DashboardSession, ServicesDep
+from chunkplan.service.execution.supervisor import Supervisor
+from chunkplan.service.http.dependencies import DashboardSession, ServerDep, part
 from chunkplan.service.job_states import JobState
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.schemas import JobView
@@ -20,6 +21,7 @@ from chunkplan.service.machines.devices import Device
 from chunkplan.service.profiles.schemas import ProfileView
 
 router = APIRouter(prefix="/v1/dashboard", tags=["dashboard"])
+SupervisorDep = Annotated[Supervisor, part("supervisor")]
 
 _MODEL_AND_GPU = (Dimension.MODEL, Dimension.GPU)
 _NUM_LATEST_PROFILES, _NUM_JOBS = 5, 10
@@ -28,7 +30,7 @@ Days = Annotated[int, Query(ge=1, le=366, description="how far back, today inclu
 
 
 @router.get("/summary")
-def summary(session: DashboardSession, services: ServicesDep) -> Summary:
+def summary(session: DashboardSession, server: ServerDep, supervisor: SupervisorDep) -> Summary:
     """Jobs by state, the queue, the devices, what ended last. What is planned on a device counts every
     project.
     """
@@ -40,11 +42,11 @@ def summary(session: DashboardSession, services: ServicesDep) -> Summary:
     return Summary(
         jobs={state.value: count for state, count in counted.items()},
         queue_depth=counted[JobState.QUEUED],
-        oldest_queued_seconds=None if oldest is None else (services.clock.now() - oldest).total_seconds(),
+        oldest_queued_seconds=None if oldest is None else (server.clock.now() - oldest).total_seconds(),
         queue=[JobView.of(row) for row in board.queue(_NUM_JOBS)],
         active=[JobView.of(row) for row in jobs.active()],
         recent=[JobView.of(row, profiles.get(row.id)) for row in recent],
-        devices=_devices(services, jobs),
+        devices=_devices(server, supervisor, jobs),
         num_plans=board.count_plans(),
         num_profiles=board.count_profiles(),
         latest_profiles=[ProfileView.of(row) for row in board.latest_profiles(_NUM_LATEST_PROFILES)],
@@ -54,7 +56,7 @@ def summary(session: DashboardSession, services: ServicesDep) -> Summary:
 @router.get("/accuracy")
 def accuracy(
     session: DashboardSession,
-    services: ServicesDep,
+    server: ServerDep,
     by: Annotated[Sequence[Dimension], Query(max_length=4, description="`day` makes a time series")] = _MODEL_AND_GPU,
     phase: Annotated[
         OptionalText, Query(description="only this phase; by default `step`, the whole one, unless grouped by phase")
@@ -67,21 +69,20 @@ def accuracy(
     dimensions = list(dict.fromkeys(by))
     if phase is None and Dimension.PHASE not in dimensions:
         phase = STEP
-    since = None if days is None else (services.clock.now() - timedelta(days=days - 1)).date()
+    since = None if days is None else (server.clock.now() - timedelta(days=days - 1)).date()
     board = DashboardRepository(session)
     return Page.of(board.accuracy(dimensions, phase=phase, model=model, gpu=gpu, since=since))
 
 
 @router.get("/usage")
-def usage(session: DashboardSession, services: ServicesDep, days: Days = 30) -> Page[UsageRow]:
+def usage(session: DashboardSession, server: ServerDep, days: Days = 30) -> Page[UsageRow]:
     """What ran, by day (UTC) and project; days on which nothing ran are left out."""
-    now = services.clock.now()
+    now = server.clock.now()
     return Page.of(DashboardRepository(session).usage((now - timedelta(days=days - 1)).date(), now))
 
 
-def _devices(services: ServicesDep, jobs: JobRepository) -> list[DeviceView]:
-    supervisor = services.supervisor
-    with services.database.read() as everything:
+def _devices(server: ServerDep, supervisor: Supervisor, jobs: JobRepository) -> list[DeviceView]:
+    with server.database.read() as everything:
         board = DashboardRepository(everything)
         running = board.running_by_device(supervisor.host)
         there = [job_id for found in running.values() for job_id, _ in found]

@@ -24,10 +24,9 @@ from chunkplan.service.execution.records.outcome import Ended, Outcome, decide
 from chunkplan.service.execution.replanning import Planned, Replanned
 from chunkplan.service.execution.repository import AttemptRepository
 from chunkplan.service.job_states import JobState, Reason
-from chunkplan.service.jobs.admission import shortfall_bytes
+from chunkplan.service.jobs.admission import shortfall_bytes, turn_at
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.transitions import add_event, transition
-from chunkplan.service.jobs.turn import turn_at
 from chunkplan.service.kit.clock import Clock
 from chunkplan.service.kit.ids import new_id
 from chunkplan.service.machines.devices import Device

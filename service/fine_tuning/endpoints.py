@@ -20,8 +20,8 @@ from chunkplan.service.http.dependencies import (
     CallerDep,
     PlanTurn,
     ReadSession,
-    Services,
-    ServicesDep,
+    ServerDep,
+    ServerParts,
     StreamTurn,
     WriteSession,
 )
@@ -30,7 +30,7 @@ from chunkplan.service.job_states import JobState
 from chunkplan.service.jobs.endpoints import JobsDep
 from chunkplan.service.jobs.idempotency import HEADER
 from chunkplan.service.jobs.repository import JobRepository
-from chunkplan.service.jobs.stream import LastEvent, StreamedJob
+from chunkplan.service.jobs.stream import FeedDep, LastEvent, StreamedJob
 from chunkplan.service.kit.paging import LongWindowDep, Page, WindowDep
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning (OpenAI)"])
@@ -42,7 +42,7 @@ def create_job(
     response: Response,
     jobs: JobsDep,
     caller: CallerDep,
-    services: ServicesDep,
+    server: ServerDep,
     idempotency_key: Annotated[str | None, Header(alias=HEADER)] = None,
 ) -> FineTuningJobView:
     """Submit a job. It is checked, planned and admitted first, as at ``POST /v1/jobs``."""
@@ -52,8 +52,8 @@ def create_job(
         response.headers["Idempotency-Replayed"] = "true"
     job_id = answer.body["id"]
     response.headers["Location"] = f"/v1/fine_tuning/jobs/{job_id}"
-    with services.database.of(caller.project).read() as session:
-        return _view(services, session, JobRepository(session).get(job_id))
+    with server.database.of(caller.project).read() as session:
+        return _view(server, session, JobRepository(session).get(job_id))
 
 
 _FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
@@ -79,37 +79,37 @@ async def _metadata(request: Request) -> dict[str, str]:
 @router.get("", openapi_extra={"parameters": [_METADATA_PARAMETER]})
 def list_jobs(
     session: ReadSession,
-    services: ServicesDep,
+    server: ServerDep,
     window: WindowDep,
     metadata: Annotated[dict[str, str], Depends(_metadata)],
 ) -> Page[FineTuningJobView]:
     """Jobs, newest first, whichever way they were submitted."""
     rows, has_more = JobRepository(session).page(window, metadata=metadata)
-    return Page.of(_views(services, session, rows), has_more=has_more)
+    return Page.of(_views(server, session, rows), has_more=has_more)
 
 
 @router.get("/{job_id}")
-def retrieve_job(job_id: str, session: ReadSession, services: ServicesDep) -> FineTuningJobView:
+def retrieve_job(job_id: str, session: ReadSession, server: ServerDep) -> FineTuningJobView:
     """One job."""
-    return _view(services, session, JobRepository(session).get(job_id))
+    return _view(server, session, JobRepository(session).get(job_id))
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, session: WriteSession, jobs: JobsDep, services: ServicesDep) -> FineTuningJobView:
+def cancel_job(job_id: str, session: WriteSession, jobs: JobsDep, server: ServerDep) -> FineTuningJobView:
     """Cancel; safe to repeat. A running job is ``running`` until it has stopped."""
-    return _view(services, session, jobs.cancel(session, job_id))
+    return _view(server, session, jobs.cancel(session, job_id))
 
 
 @router.post("/{job_id}/pause")
-def pause_job(job_id: str, session: WriteSession, jobs: JobsDep, services: ServicesDep) -> FineTuningJobView:
+def pause_job(job_id: str, session: WriteSession, jobs: JobsDep, server: ServerDep) -> FineTuningJobView:
     """Pause at a checkpoint; safe to repeat. A running job is ``running`` until it has stopped."""
-    return _view(services, session, jobs.pause(session, job_id))
+    return _view(server, session, jobs.pause(session, job_id))
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: str, session: WriteSession, jobs: JobsDep, services: ServicesDep) -> FineTuningJobView:
+def resume_job(job_id: str, session: WriteSession, jobs: JobsDep, server: ServerDep) -> FineTuningJobView:
     """Queue a paused job again; safe to repeat."""
-    return _view(services, session, jobs.resume(session, job_id))
+    return _view(server, session, jobs.resume(session, job_id))
 
 
 @router.get("/{job_id}/events")
@@ -122,12 +122,12 @@ def list_events(job_id: str, session: ReadSession, window: LongWindowDep) -> Pag
 
 @router.get("/{job_id}/events/stream", response_class=EventSourceResponse, dependencies=[StreamTurn])
 async def stream_events(
-    job: StreamedJob, last_event: LastEvent, services: ServicesDep, caller: CallerDep
+    job: StreamedJob, last_event: LastEvent, feed: FeedDep, caller: CallerDep
 ) -> AsyncIterator[ServerSentEvent]:
     """Events in their order as they happen, until the job has ended; ``Last-Event-ID`` resumes after one's
     ``id``.
     """
-    async for row in services.feed.events(caller, job, last_event):
+    async for row in feed.events(caller, job, last_event):
         # The stream's own ids are left out: after one, OpenAI's client takes the comments in between for
         # events.
         yield ServerSentEvent(raw_data=FineTuningEventView.of(row).model_dump_json())
@@ -147,14 +147,14 @@ def list_checkpoints(job_id: str, session: ReadSession, window: WindowDep) -> Pa
     return Page.of(views, has_more=has_more)
 
 
-def _view(services: Services, session: Session, row: JobRow) -> FineTuningJobView:
+def _view(server: ServerParts, session: Session, row: JobRow) -> FineTuningJobView:
     has_succeeded = row.state is JobState.SUCCEEDED
     tokens = JobRepository(session).trained_tokens(row.id) if has_succeeded else None
-    return _views(services, session, [row])[0].model_copy(update={"trained_tokens": tokens})
+    return _views(server, session, [row])[0].model_copy(update={"trained_tokens": tokens})
 
 
-def _views(services: Services, session: Session, rows: Sequence[JobRow]) -> list[FineTuningJobView]:
+def _views(server: ServerParts, session: Session, rows: Sequence[JobRow]) -> list[FineTuningJobView]:
     """As they are listed: without the tokens, which take a sum over every step."""
     profiles = JobRepository(session).profile_ids([row.id for row in rows])
-    runs_dir, now = services.settings.runs_dir, services.clock.now()
+    runs_dir, now = server.settings.runs_dir, server.clock.now()
     return [FineTuningJobView.of(row, profile_id=profiles.get(row.id), runs_dir=runs_dir, now=now) for row in rows]

@@ -4,20 +4,50 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
 
 from chunkplan.service.access.gate import CALLER, require
 from chunkplan.service.access.keys import Caller, Scope
-from chunkplan.service.services import Services as Services  # routes take the type from here
+from chunkplan.service.access.limits import Turns
+from chunkplan.service.db import Database
+from chunkplan.service.kit.clock import Clock
+from chunkplan.service.settings import Settings
 
 
-async def _services(request: Request) -> Services:
-    services = request.app.state.services
-    assert isinstance(services, Services)
-    return services
+class ServerParts(Protocol):
+    """What any route may use of the parts in ``services.py``; the rest it asks for by :func:`part`."""
+
+    @property
+    def settings(self) -> Settings:
+        """Where and how the server works."""
+
+    @property
+    def clock(self) -> Clock:
+        """The server's time."""
+
+    @property
+    def database(self) -> Database:
+        """All projects; ``database.of(project)`` is one."""
+
+    @property
+    def plan_turns(self) -> Turns:
+        """Who may make the planner work."""
+
+    @property
+    def stream_turns(self) -> Turns:
+        """Who may listen to events."""
+
+    @property
+    def is_working(self) -> bool:
+        """Whether jobs are looked after, and the server is not about to stop."""
+
+
+async def _server(request: Request) -> ServerParts:
+    parts: ServerParts = request.app.state.services
+    return parts
 
 
 async def _caller(request: Request) -> Caller:
@@ -26,7 +56,7 @@ async def _caller(request: Request) -> Caller:
     return caller
 
 
-ServicesDep = Annotated[Services, Depends(_services)]
+ServerDep = Annotated[ServerParts, Depends(_server)]
 CallerDep = Annotated[Caller, Depends(_caller)]
 """Who asks; the gate has let them in."""
 
@@ -34,8 +64,8 @@ CallerDep = Annotated[Caller, Depends(_caller)]
 def part(name: str) -> Any:
     """Return what a route takes one of the services by: ``Annotated[JobService, part("jobs")]``."""
 
-    async def find(services: ServicesDep) -> Any:
-        return getattr(services, name)
+    async def find(server: ServerDep) -> Any:
+        return getattr(server, name)
 
     return Depends(find)
 
@@ -44,45 +74,45 @@ async def _admin(caller: CallerDep) -> None:
     require(caller, Scope.ADMIN)
 
 
-def _read(services: ServicesDep, caller: CallerDep) -> Iterator[Session]:
-    with services.database.of(caller.project).read() as session:
+def _read(server: ServerDep, caller: CallerDep) -> Iterator[Session]:
+    with server.database.of(caller.project).read() as session:
         yield session
 
 
 def _read_widely(
-    services: ServicesDep,
+    server: ServerDep,
     caller: CallerDep,
     projects: Annotated[Literal["own", "all"], Query(description="`all` needs the scope admin")] = "own",
 ) -> Iterator[Session]:
     if projects == "all":
         require(caller, Scope.ADMIN)
-    database = services.database if projects == "all" else services.database.of(caller.project)
+    database = server.database if projects == "all" else server.database.of(caller.project)
     with database.read() as session:
         yield session
 
 
-def _write(services: ServicesDep, caller: CallerDep) -> Iterator[Session]:
-    with services.database.of(caller.project).write() as session:
+def _write(server: ServerDep, caller: CallerDep) -> Iterator[Session]:
+    with server.database.of(caller.project).write() as session:
         yield session
 
 
-async def _plan_turn(services: ServicesDep, caller: CallerDep) -> AsyncIterator[None]:
-    async with plan_turn(services, caller):
+async def _plan_turn(server: ServerDep, caller: CallerDep) -> AsyncIterator[None]:
+    async with plan_turn(server, caller):
         yield
 
 
 @asynccontextmanager
-async def plan_turn(services: Services, caller: Caller) -> AsyncIterator[None]:
+async def plan_turn(server: ServerParts, caller: Caller) -> AsyncIterator[None]:
     """Requests wait for the planner here, where they hold no thread that others could use."""
-    settings, turns = services.settings, services.plan_turns
+    settings, turns = server.settings, server.plan_turns
     quota, seconds = settings.quota_of(caller.project), settings.plan_queue_seconds
     mine = turns.turn(f"project {caller.project}", quota.max_plans_at_once, quota.max_waiting_plans, seconds)
     async with mine, turns.turn("everybody", settings.max_plans_at_once, _UNBOUNDED, seconds):
         yield
 
 
-async def _stream_turn(services: ServicesDep, caller: CallerDep) -> AsyncIterator[None]:
-    async with services.stream_turns.turn(caller.project, services.settings.quota_of(caller.project).max_streams):
+async def _stream_turn(server: ServerDep, caller: CallerDep) -> AsyncIterator[None]:
+    async with server.stream_turns.turn(caller.project, server.settings.quota_of(caller.project).max_streams):
         yield
 
 

@@ -1,8 +1,16 @@
-"""Admission: the plan's upper bound against what a device offers. Pure."""
+"""Whether a job may run, and whose turn it is. Pure.
+
+A job is admitted if its plan's upper bound is within what a device offers.
+
+Jobs age: a point of priority is worth as much as a fixed time of waiting. As all wait equally fast, the order
+of two jobs never changes while they wait, and is that of a time which is known when a job is submitted: whose
+is earliest is next. A database finds it with an index, however long the queue is, and no job waits for ever.
+"""
 
 from __future__ import annotations
 
-from chunkplan.engine.spec import JobTraining, ResolvedJobTraining
+from datetime import datetime, timedelta
+
 from chunkplan.planner.spec import Plan
 from chunkplan.service.errors import DoesNotFit
 
@@ -37,6 +45,12 @@ def admit(plan: Plan, memory_bytes: int) -> None:
     )
 
 
-def resolved_training(training: JobTraining, plan: Plan) -> ResolvedJobTraining:
-    """The training with a fixed schedule: for ``auto``, the one that the plan chose."""
-    return training.resolved(plan.schedule)
+def turn_at(created_at: datetime, priority: int, point_seconds: float) -> datetime:
+    """When a job without a priority would have come to have the same turn.
+
+    Args:
+        created_at: when the job came.
+        priority: the higher, the earlier its turn.
+        point_seconds: what a point of priority is worth.
+    """
+    return created_at - timedelta(seconds=priority * point_seconds)

@@ -15,7 +15,7 @@ from chunkplan.service.http.dependencies import (
     CallerDep,
     PlanTurn,
     ReadSession,
-    ServicesDep,
+    ServerDep,
     WriteSession,
     part,
 )
@@ -137,11 +137,11 @@ def list_artifacts(job_id: str, session: ReadSession) -> Page[ArtifactView]:
 
 
 @router.get("/{job_id}/artifacts/{name:path}", response_class=FileResponse, responses=CONTENT)
-def download_artifact(job_id: str, name: str, session: ReadSession, services: ServicesDep) -> FileResponse:
+def download_artifact(job_id: str, name: str, session: ReadSession, server: ServerDep) -> FileResponse:
     """The content of an artifact; ranges are honoured."""
     jobs = JobRepository(session)
     row = jobs.artifact(jobs.get(job_id).id, name)
-    path = artifact_file(services.settings.runs_dir / job_id, row)
+    path = artifact_file(server.settings.runs_dir / job_id, row)
     headers = {"ETag": f'"{row.sha256}"'}
     return FileResponse(path, filename=path.name, media_type="application/octet-stream", headers=headers)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, func, or_, select
-from sqlalchemy.orm import Session
 
+from chunkplan.service.db.repository import Repository
 from chunkplan.service.db.tables import ArtifactRow, AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow, ProfileRow
 from chunkplan.service.errors import NotFound
 from chunkplan.service.job_states import ACTIVE, JobState
@@ -36,19 +36,10 @@ class Waiting:
     """What a device must be called."""
 
 
-class JobRepository:
+class JobRepository(Repository[JobRow]):
     """Jobs and what belongs to them."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def get(self, job_id: str) -> JobRow:
-        """A job by its id.
-
-        Raises:
-            NotFound: there is none.
-        """
-        return self._found(self._session.get(JobRow, job_id) if is_well_formed(job_id) else None, job_id)
+    row, kind = JobRow, "job"
 
     def lock(self, job_id: str) -> JobRow:
         """A job by its id, locked until the unit of work ends; every change of a job starts here.
@@ -57,7 +48,7 @@ class JobRepository:
             NotFound: there is none.
         """
         statement = select(JobRow).where(JobRow.id == job_id).with_for_update()
-        return self._found(self._session.scalar(statement) if is_well_formed(job_id) else None, job_id)
+        return self.found(self._session.scalar(statement) if is_well_formed(job_id) else None, job_id)
 
     def page(
         self,
@@ -82,9 +73,9 @@ class JobRepository:
         name = JobRow.run_spec["output_name"].as_string()
         return list(self._session.scalars(select(name).where(name.startswith(prefix, autoescape=True))))
 
-    def add(self, job: JobRow) -> None:
-        """Stores a new job."""
-        self._session.add(job)
+    def add(self, row: JobRow) -> None:
+        """Stores a new job, so that rows that belong to it can follow."""
+        super().add(row)
         self._session.flush()
 
     def next_queued(
@@ -231,9 +222,3 @@ class JobRepository:
         """Profile id by job id, of those that have one."""
         statement = select(ProfileRow.job_id, ProfileRow.id).where(ProfileRow.job_id.in_(job_ids))
         return dict(self._session.execute(statement).all())
-
-    @staticmethod
-    def _found(job: JobRow | None, job_id: str) -> JobRow:
-        if job is None:
-            raise NotFound("job", job_id)
-        return job

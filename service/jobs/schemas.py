@@ -57,28 +57,13 @@ class JobView(Listed):
     @classmethod
     def of(cls, row: JobRow, profile_id: str | None = None) -> JobView:
         """The view of a stored job."""
-        return cls(
-            id=row.id,
-            name=row.name,
-            state=row.state,
-            reason=row.reason,
-            detail=row.detail,
-            field=row.field,
-            model=row.model,
-            gpu=row.gpu,
-            priority=row.priority,
-            plan_id=row.plan_id,
+        return cls.from_row(
+            row,
             profile_id=profile_id,
             progress=Progress(step=row.step, total_steps=row.total_steps, loss=row.loss, eta_seconds=row.eta_seconds),
-            coverage=row.coverage,
-            num_attempts=row.num_attempts,
-            request=row.request,
             training=row.run_spec["training"],
             output_name=row.run_spec["output_name"],
             warnings=_warnings(row),
-            created_at=row.created_at,
-            started_at=row.started_at,
-            finished_at=row.finished_at,
         )
 
 
@@ -130,23 +115,7 @@ class AttemptView(Listed):
     @classmethod
     def of(cls, row: AttemptRow) -> AttemptView:
         """The view of a stored attempt."""
-        return cls(
-            id=row.id,
-            job_id=row.job_id,
-            number=row.number,
-            device=row.device,
-            upper_bytes=row.upper_bytes,
-            drift_bytes=row.drift_bytes,
-            resumed_step=row.resumed_step,
-            last_step=row.last_step,
-            checkpoint_step=row.checkpoint_step,
-            exit_code=row.exit_code,
-            reason=row.reason,
-            detail=row.failed_detail,
-            created_at=row.created_at,
-            started_at=row.started_at,
-            ended_at=row.ended_at,
-        )
+        return cls.from_row(row, detail=row.failed_detail)
 
 
 class EventView(Listed):
@@ -164,14 +133,7 @@ class EventView(Listed):
     @classmethod
     def of(cls, row: EventRow) -> EventView:
         """The view of a stored event."""
-        return cls(
-            id=str(row.number),
-            job_id=row.job_id,
-            attempt_id=row.attempt_id,
-            type=row.type,
-            data=row.data,
-            created_at=row.created_at,
-        )
+        return cls.from_row(row, id=str(row.number))
 
 
 class MetricView(Listed):
@@ -196,21 +158,7 @@ class MetricView(Listed):
     @classmethod
     def of(cls, row: MetricRow) -> MetricView:
         """The view of a stored metric."""
-        return cls(
-            id=str(row.id),
-            kind="eval" if row.kind == "eval" else "train",
-            step=row.step,
-            loss=row.loss,
-            num_tokens=row.num_tokens,
-            learning_rate=row.learning_rate,
-            grad_norm=row.grad_norm,
-            chunk_index=row.chunk_index,
-            seconds=row.seconds,
-            allocated_bytes=row.allocated_bytes,
-            reserved_bytes=row.reserved_bytes,
-            host_bytes=row.host_bytes,
-            created_at=row.created_at,
-        )
+        return cls.from_row(row, id=str(row.id))
 
 
 class CheckpointView(Listed):
@@ -230,15 +178,7 @@ class CheckpointView(Listed):
     @classmethod
     def of(cls, row: CheckpointRow) -> CheckpointView:
         """The view of a stored checkpoint."""
-        return cls(
-            id=row.id,
-            job_id=row.job_id,
-            attempt_id=row.attempt_id,
-            step=row.step,
-            size_bytes=row.size_bytes,
-            sha256=row.sha256,
-            created_at=row.created_at,
-        )
+        return cls.from_row(row)
 
 
 class ArtifactView(Listed):
@@ -255,11 +195,4 @@ class ArtifactView(Listed):
     @classmethod
     def of(cls, row: ArtifactRow) -> ArtifactView:
         """The view of a stored artifact."""
-        return cls(
-            id=row.id,
-            job_id=row.job_id,
-            name=row.name,
-            size_bytes=row.size_bytes,
-            sha256=row.sha256,
-            created_at=row.created_at,
-        )
+        return cls.from_row(row)

@@ -13,13 +13,14 @@ from chunkplan.service.db import Database, take_in_turn
 from chunkplan.service.db.tables import JobRow
 from chunkplan.service.errors import Conflict
 from chunkplan.service.job_states import JobState, Reason
+from chunkplan.service.jobs.admission import admit, turn_at
 from chunkplan.service.jobs.idempotency import IdempotencyKeys, StoredAnswer
 from chunkplan.service.jobs.preparation import JobPreparation, PreparedJob
+from chunkplan.service.jobs.project_sources import ProjectSources
 from chunkplan.service.jobs.repository import JobRepository
-from chunkplan.service.jobs.run_spec import run_spec, settings_warnings
+from chunkplan.service.jobs.run_spec import settings_warnings
 from chunkplan.service.jobs.schemas import DryRun, JobView
 from chunkplan.service.jobs.transitions import add_event, transition
-from chunkplan.service.jobs.turn import turn_at
 from chunkplan.service.kit.clock import Clock
 from chunkplan.service.kit.ids import new_id
 from chunkplan.service.machines.devices import Device
@@ -62,7 +63,8 @@ class JobService:
         self._database = database
         self._clock = clock
         self._settings = settings
-        self._preparation = JobPreparation(database, plans, devices, settings)
+        self._plans = plans
+        self._devices = devices
         claim_seconds = settings.plan_timeout_seconds + settings.plan_queue_seconds + _CLAIM_MARGIN_SECONDS
         self._keys = IdempotencyKeys(database, clock, claim_seconds)
 
@@ -71,9 +73,9 @@ class JobService:
 
         Raises:
             InputError: see `JobPreparation.prepare`.
-            DoesNotFit: see `JobPreparation.prepare`.
+            DoesNotFit: its plan exceeds the device.
         """
-        prepared = self._preparation.prepare(project, request)
+        prepared = self._prepare(project, request)
         return DryRun(
             plan_id=prepared.plan.id,
             predicted_bytes=prepared.plan.peak.upper_bytes,
@@ -91,12 +93,12 @@ class JobService:
 
         Raises:
             InputError: see `JobPreparation.prepare`.
-            DoesNotFit: see `JobPreparation.prepare`.
+            DoesNotFit: its plan exceeds the device.
             Conflict: the key's first request is still in flight, or the project has too many unfinished jobs.
             Unprocessable: the key was used with another body.
         """
         if idempotency_key is None:
-            prepared = self._preparation.prepare(project, request)
+            prepared = self._prepare(project, request)
             with self._database.of(project).write() as session:
                 return self._add(session, project, prepared)
         body_sha256 = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
@@ -104,7 +106,7 @@ class JobService:
         if isinstance(claim, StoredAnswer):
             return claim
         try:
-            prepared = self._preparation.prepare(project, request)
+            prepared = self._prepare(project, request)
             with self._database.of(project).write() as session:
                 answer = self._add(session, project, prepared)
                 self._keys.answer(session, claim, answer)
@@ -112,6 +114,13 @@ class JobService:
             self._keys.release(claim)
             raise
         return answer
+
+    def _prepare(self, project: str, request: JobRequest) -> PreparedJob:
+        """A job that was checked, planned and admitted."""
+        sources = ProjectSources(project, self._database, self._plans, self._settings)
+        prepared = JobPreparation(sources, self._devices).prepare(request)
+        admit(prepared.plan, prepared.choice.device.memory_bytes)
+        return prepared
 
     def cancel(self, session: Session, job_id: str) -> JobRow:
         """Ends a job: at once when it waits, through its trainer when it runs. What it made stays.
@@ -163,17 +172,6 @@ class JobService:
     def _job(self, project: str, prepared: PreparedJob, taken: Callable[[str], list[str]]) -> JobRow:
         request, now = prepared.request, self._clock.now()
         job_id = new_id("job", now)
-        run = run_spec(
-            request,
-            prepared.plan,
-            prepared.training,
-            job_id=job_id,
-            model_folder=prepared.model_folder,
-            dataset_path=prepared.dataset_path,
-            dataset_name=prepared.dataset_name,
-            validation_path=prepared.validation_path,
-            taken=taken,
-        )
         return JobRow(
             id=job_id,
             project=project,
@@ -189,7 +187,7 @@ class JobService:
             upper_bytes=prepared.plan.peak.upper_bytes,
             file_id=request.dataset.file_id,
             request=request.model_dump(mode="json"),
-            run_spec=run.model_dump(mode="json"),
+            run_spec=prepared.run_spec(job_id, taken).model_dump(mode="json"),
             step=0,
             num_attempts=0,
             num_failures=0,

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from chunkplan.engine.errors import InputError
-from chunkplan.service.http.dependencies import CallerDep, ReadSession, ServicesDep, StreamTurn
+from chunkplan.service.http.dependencies import CallerDep, ReadSession, StreamTurn, part
+from chunkplan.service.jobs.feed import EventFeed
 from chunkplan.service.jobs.repository import JobRepository
 from chunkplan.service.jobs.schemas import EventView
 from chunkplan.service.kit.paging import Window
@@ -29,6 +30,7 @@ def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
 
 
 StreamedJob = Annotated[str, Depends(_existing_job, scope="function")]
+FeedDep = Annotated[EventFeed, part("feed")]
 LastEvent = Annotated[int, Depends(_last_event)]
 
 
@@ -36,12 +38,12 @@ LastEvent = Annotated[int, Depends(_last_event)]
 async def stream_events(
     job: StreamedJob,
     last_event: LastEvent,
-    services: ServicesDep,
+    feed: FeedDep,
     caller: CallerDep,
 ) -> AsyncIterator[ServerSentEvent]:
     """Events as they happen; ``Last-Event-ID`` resumes after an event. The stream ends when the job has
     ended, or the key does.
     """
-    async for row in services.feed.events(caller, job, last_event):
+    async for row in feed.events(caller, job, last_event):
         event = EventView.of(row)
         yield ServerSentEvent(raw_data=event.model_dump_json(), event=event.type, id=event.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from fastapi import Depends, Query
 from pydantic import BaseModel
@@ -19,6 +19,12 @@ class Listed(BaseModel):
     """Base of everything that is listed: it has an id."""
 
     id: str
+
+    @classmethod
+    def from_row(cls, row: Any, **given: Any) -> Self:
+        """The view of a stored row: each field is the row's column of that name, but for those given."""
+        names = cls.model_fields.keys() - given.keys() - {"object"}
+        return cls(**{name: getattr(row, name) for name in names}, **given)
 
 
 Item = TypeVar("Item", bound=Listed)

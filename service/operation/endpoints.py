@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from chunkplan.service.db import current_revision, head_revision
 from chunkplan.service.errors import Busy
-from chunkplan.service.http.dependencies import AdminOnly, Services, ServicesDep
+from chunkplan.service.http.dependencies import AdminOnly, ServerDep, ServerParts, part
+from chunkplan.service.operation.metrics import Metrics
 
 router = APIRouter(tags=["operation"])
 """Open to all."""
@@ -32,9 +33,9 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz")
-def readyz(services: ServicesDep) -> Health:
+def readyz(server: ServerDep) -> Health:
     """Whether the service can do its work: database reached and migrated, supervisor alive."""
-    problem = _unready(services)
+    problem = _unready(server)
     if problem is not None:
         raise Busy("not_ready", problem, retry_after_seconds=5)
     return Health()
@@ -46,19 +47,19 @@ def readyz(services: ServicesDep) -> Health:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
     dependencies=[AdminOnly],
 )
-def metrics(services: ServicesDep) -> Response:
+def metrics(counters: Annotated[Metrics, part("metrics")]) -> Response:
     """Prometheus metrics, of every project together; needs the scope admin."""
-    return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(counters.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _unready(services: Services) -> str | None:
+def _unready(server: ServerParts) -> str | None:
     try:
-        with services.database.engine.connect() as connection:
+        with server.database.engine.connect() as connection:
             revision = current_revision(connection)
     except SQLAlchemyError:
         return "the database cannot be reached"
     if revision != head_revision():
         return f"the database is at revision {revision}, not {head_revision()}"
-    if services.closing.is_set() or not services.supervisor.is_alive():
+    if not server.is_working:
         return "the supervisor is not running"
     return None

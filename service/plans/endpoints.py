@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from chunkplan.planner.report.formats import Format
 from chunkplan.planner.spec import Plan, PlanRequest, Timeline
-from chunkplan.service.http.dependencies import CallerDep, PlanTurn, ReadSession, ServicesDep, part, plan_turn
+from chunkplan.service.http.dependencies import CallerDep, PlanTurn, ReadSession, ServerDep, part, plan_turn
 from chunkplan.service.http.examples import COMPARISON, PLAN
 from chunkplan.service.kit.paging import OptionalText, Page, WindowDep
 from chunkplan.service.plans.repository import PlanRepository
@@ -33,13 +33,13 @@ _FILES: dict[str, Any] = {media_type: {} for media_type, _ in _FILE_TYPES.values
 
 @router.post("", response_model=Plan, status_code=201, responses={200: {"model": Plan}})
 async def create_plan(
-    request: Annotated[PlanRequest, Body(examples=[PLAN])], services: ServicesDep, caller: CallerDep
+    request: Annotated[PlanRequest, Body(examples=[PLAN])], plans: PlansDep, server: ServerDep, caller: CallerDep
 ) -> Response:
     """Plan a run without running it: 201 with the plan, 200 when the same request was planned before."""
-    plans, is_new = services.plans, False
+    is_new = False
     answer = await run_in_threadpool(plans.known_answer, caller.project, request)  # what is known waits for no turn
     if answer is None:
-        async with plan_turn(services, caller):
+        async with plan_turn(server, caller):
             answer, is_new = await run_in_threadpool(plans.answer, caller.project, request)
     assert answer is not None
     headers = {"Location": f"/v1/plans/{answer.plan_id}", "ETag": f'"{answer.plan_id}"'}

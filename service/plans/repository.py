@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session, contains_eager, joinedload
+from sqlalchemy.orm import contains_eager, joinedload
 
+from chunkplan.service.db.repository import Repository
 from chunkplan.service.db.tables import PlanRow, PlanUseRow
-from chunkplan.service.errors import NotFound
-from chunkplan.service.kit.ids import is_well_formed
 from chunkplan.service.kit.paging import Window, newest_first
 
 
-class PlanRepository:
+class PlanRepository(Repository[PlanRow]):
     """Stored plans. They are only ever added."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def find(self, plan_id: str) -> PlanRow | None:
-        """A plan by its id."""
-        return self._session.get(PlanRow, plan_id) if is_well_formed(plan_id) else None
-
-    def get(self, plan_id: str) -> PlanRow:
-        """A plan by its id.
-
-        Raises:
-            NotFound: there is none.
-        """
-        row = self.find(plan_id)
-        if row is None:
-            raise NotFound("plan", plan_id)
-        return row
+    row, kind = PlanRow, "plan"
 
     def find_use(self, plan_id: str, project: str) -> PlanUseRow | None:
         """A project's use of a plan, with the plan."""
@@ -45,6 +28,6 @@ class PlanRepository:
             statement = statement.where(PlanRow.gpu == gpu)
         return newest_first(self._session, statement, PlanUseRow.created_at, PlanUseRow.plan_id, window)
 
-    def add(self, row: PlanUseRow) -> None:
+    def add_use(self, row: PlanUseRow) -> None:
         """Stores a use of a plan, and the plan with it if it is new."""
         self._session.add(row)

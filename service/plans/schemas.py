@@ -39,19 +39,7 @@ class PlanSummary(Listed):
     @classmethod
     def of(cls, use: PlanUseRow) -> PlanSummary:
         """The summary of a plan that a project has asked for."""
-        row = use.plan
-        return cls(
-            id=row.id,
-            planner_version=row.planner_version,
-            model=row.model,
-            gpu=row.gpu,
-            method=row.method,
-            fits=row.fits,
-            upper_bytes=row.upper_bytes,
-            capacity_bytes=row.capacity_bytes,
-            step_seconds=row.step_seconds,
-            created_at=use.created_at,
-        )
+        return cls.from_row(use.plan, created_at=use.created_at)
 
 
 class CompareRequest(SpecModel):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from itertools import product
 
 from chunkplan.engine.arithmetic import ceil_div
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import ModelConfig, ModelPath
-from chunkplan.planner.answers.comparison import single_request
+from chunkplan.planner.answers.comparison import each_pair
 from chunkplan.planner.answers.plan import plan_id
 from chunkplan.planner.catalog import find_gpu
 from chunkplan.planner.report.formats import Format
@@ -87,7 +86,7 @@ class PlanService:
             if known is not None:
                 return known, False
             use = PlanUseRow(project=project, plan=session.merge(row), created_at=self._clock.now())
-            plans.add(use)
+            plans.add_use(use)
         return use, True
 
     def compare(self, project: str, request: CompareRequest) -> list[Comparison | Refusal]:
@@ -97,23 +96,22 @@ class PlanService:
         Raises:
             InputError: every one is refused; names the first one's field.
         """
-        found: list[Comparison | Refusal] = []
-        first: InputError | None = None
         deadline = time.monotonic() + self._settings.plan_timeout_seconds
-        for gpu, method in product(request.gpus, request.methods):
-            name = gpu if isinstance(gpu, str) else gpu.name
+
+        def ask(asked: PlanRequest) -> Comparison | Unprocessable:
+            if time.monotonic() > deadline:
+                return Unprocessable("compare_timeout", "the entries before took all the time; ask for it alone")
             try:
-                if time.monotonic() > deadline:
-                    raise Unprocessable("compare_timeout", "the entries before took all the time; ask for it alone")
-                asked = single_request(request.model, gpu, method, request.training, request.memory_limit_bytes)
-                found.append(Comparison.of(self.plan(project, asked)[0]))
-            except InputError as error:
-                first = first or error
-                found.append(Refusal.of(name, method, "invalid_input", error.message, error.field))
+                return Comparison.of(self.plan(project, asked)[0])
             except Unprocessable as error:
-                found.append(Refusal.of(name, method, error.code, str(error)))
-        if first is not None and all(isinstance(each, Refusal) for each in found):
-            raise first
+                return error
+
+        limit = request.memory_limit_bytes
+        answers = each_pair(request.model, request.gpus, request.methods, request.training, limit, ask)
+        found = [_comparison(*answer) for answer in answers]
+        refused = [answer for _, _, answer in answers if isinstance(answer, InputError)]
+        if refused and all(isinstance(each, Refusal) for each in found):
+            raise refused[0]
         return found
 
     def timeline(self, project: str, plan_id: str) -> Timeline:
@@ -168,6 +166,14 @@ class PlanService:
             plan=plan.model_dump(mode="json"),
             created_at=self._clock.now(),
         )
+
+
+def _comparison(gpu: str, method: str, answer: Comparison | Unprocessable | InputError) -> Comparison | Refusal:
+    if isinstance(answer, InputError):
+        return Refusal.of(gpu, method, "invalid_input", answer.message, answer.field)
+    if isinstance(answer, Unprocessable):
+        return Refusal.of(gpu, method, answer.code, str(answer))
+    return answer
 
 
 def thin(timeline: Timeline, max_points: int) -> Timeline:

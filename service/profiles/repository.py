@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 
+from chunkplan.service.db.repository import Repository
 from chunkplan.service.db.tables import EventRow, MetricRow, ProfileRow, SampleRow
-from chunkplan.service.errors import NotFound
-from chunkplan.service.kit.ids import is_well_formed
 from chunkplan.service.kit.paging import Window, by_number, newest_first
 
 
@@ -22,22 +20,10 @@ class MeasuredPeak:
     allocated_bytes: int
 
 
-class ProfileRepository:
+class ProfileRepository(Repository[ProfileRow]):
     """Profiles and the samples behind them."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def get(self, profile_id: str) -> ProfileRow:
-        """A profile by its id.
-
-        Raises:
-            NotFound: there is none.
-        """
-        row = self._session.get(ProfileRow, profile_id) if is_well_formed(profile_id) else None
-        if row is None:
-            raise NotFound("profile", profile_id)
-        return row
+    row, kind = ProfileRow, "profile"
 
     def page(
         self, window: Window, *, job_id: str | None, model: str | None, gpu: str | None
@@ -48,10 +34,6 @@ class ProfileRepository:
             if value is not None:
                 statement = statement.where(column == value)
         return newest_first(self._session, statement, ProfileRow.created_at, ProfileRow.id, window)
-
-    def add(self, row: ProfileRow) -> None:
-        """Stores a profile."""
-        self._session.add(row)
 
     def samples(
         self, job_id: str, window: Window, *, chunk_index: int | None, phase: str | None

@@ -37,7 +37,7 @@ class ProfileView(Listed):
     @classmethod
     def of(cls, row: ProfileRow) -> ProfileView:
         """The view of a stored profile."""
-        return cls(**{name: getattr(row, name) for name in ProfileView.model_fields if name != "object"})
+        return cls.from_row(row)
 
 
 class ProfileDetail(ProfileView):
@@ -74,17 +74,7 @@ class SampleView(Listed):
     @classmethod
     def of(cls, row: SampleRow) -> SampleView:
         """The view of a stored sample."""
-        return cls(
-            id=str(row.id),
-            attempt_id=row.attempt_id,
-            step=row.step,
-            chunk_index=row.chunk_index,
-            phase=row.phase,
-            allocated_bytes=row.allocated_bytes,
-            reserved_bytes=row.reserved_bytes,
-            host_bytes=row.host_bytes,
-            seconds=row.seconds,
-        )
+        return cls.from_row(row, id=str(row.id))
 
 
 class ResidualView(Listed, Residual):

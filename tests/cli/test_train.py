@@ -30,7 +30,8 @@ def job_file(tmp_path, dataset):
             "dataset": {"path": str(dataset), "eval_fraction": 0.1},
         }
         for name, value in changes.items():
-            job[name] = {**job[name], **value} if isinstance(value, dict) and name in job else value
+            is_part = isinstance(value, dict) and isinstance(job.get(name), dict)
+            job[name] = {**job[name], **value} if is_part else value
         path = tmp_path / "job.json"
         path.write_text(json.dumps(job))
         return path
@@ -116,6 +117,8 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(chunkplan, job_file, 
         ({"dataset": {"path": "nowhere.jsonl"}}, "dataset.path: "),
         ({"dataset": {"path": None, "file_id": "file_x"}}, "dataset.file_id: uploads belong to a service"),
         ({"dataset": {"validation_path": "nowhere.jsonl", "eval_fraction": 0}}, "dataset.validation_path: "),
+        ({"model": {"path": "/etc"}}, "model.path: /etc is not a model folder: it has no config.json"),
+        ({"plan_id": "plan_0"}, "plan_id: plans are kept by a service; leave it out"),
         ({"training": {"colour": "red"}}, "training.colour: "),
         (
             {"output": {"merge": True}},

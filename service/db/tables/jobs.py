@@ -39,7 +39,7 @@ class JobRow(Owned, Base):
     GPU's."""
     priority: Mapped[int]
     turn_at: Mapped[datetime]
-    """Whose is earliest is next: see `chunkplan.service.jobs.turn`."""
+    """Whose is earliest is next: see `chunkplan.service.jobs.admission`."""
     plan_id: Mapped[Identifier] = mapped_column(ForeignKey("plans.id"), index=True)
     upper_bytes: Mapped[int]
     """What it may take of a device: its plan's bound and ``extra_bytes``."""
