@@ -40,12 +40,16 @@ def units(size_bytes: int) -> int:
     return ceil_div(size_bytes, MIN_BLOCK_BYTES)
 
 
-def shortened(ops: Sequence[Op]) -> list[Op]:
-    """Those that leave everything as it was, unless they need a segment, are put together.
+def without_round_trips(ops: Sequence[Op]) -> list[Op]:
+    """Operations in which a stretch that leaves everything as it was is one operation.
 
-    What takes blocks and gives all of them back, and no others, leaves the same blocks live where they were.
-    It needs no segment where a free extent is as large as all of them together: its end stays free, wherever
-    the rest is put.
+    A stretch that takes blocks and gives back just those leaves the same blocks live where they were. It
+    needs no segment where a free extent is as large as all of them together: its end stays free, wherever the
+    rest is put.
+
+    >>> take, give = (4, 1), (0, 1)
+    >>> without_round_trips([(2, 7), take, give])  # block 7 stays; block 1 comes and goes
+    [(2, 7), (4, ((4, ((4, 1), (0, 1))),))]
     """
     given = {name for size, name in ops if not size}
     marks: dict[int, int] = {}
@@ -107,7 +111,7 @@ class Program:
     __slots__ = ("ops",)
 
     def __init__(self, ops: Sequence[Op]) -> None:
-        self.ops = shortened(ops)
+        self.ops = without_round_trips(ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +159,8 @@ class Pool:
             after = self._after[key] = self._simulated(program.ops, base - self.base)
         self._state, self.base = after, base
 
-    def run_once(self, ops: Sequence[Op]) -> None:
-        """Run shortened operations that will not come again, and keep no record of them."""
+    def run_unrecorded(self, ops: Sequence[Op]) -> None:
+        """Run operations without round trips that will not come again, and keep no record of them."""
         self._state = self._simulated(ops, 0)
 
     def names(self) -> list[int]:

@@ -33,7 +33,7 @@ class Recorder(Protocol):
         """It goes."""
 
 
-class Walk:
+class CycleEvents:
     """Goes through a cycle."""
 
     def __init__(self, recorder: Recorder, footprints: Footprints, schedule: ResolvedSchedule) -> None:

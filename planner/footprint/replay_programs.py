@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from chunkplan.planner.allocator.pool import LARGEST_SMALL, Op, Program, shortened, units
+from chunkplan.planner.allocator.pool import LARGEST_SMALL, Op, Program, units, without_round_trips
 from chunkplan.planner.trace.layers import Copies, births, freed_everywhere, real_places
 from chunkplan.planner.trace.step_trace import HEAD, StepTrace
 
@@ -132,7 +132,7 @@ def base_of(place: int, copies: Copies) -> int:
     return sum(copies.num) if place == HEAD else -1
 
 
-def seen_from(name: int, base: int) -> tuple[int, int]:
+def block_identity(name: int, base: int) -> tuple[int, int]:
     """A block of a layer or outside, wherever it is named from: ``base`` is where the program is that names
     it so.
     """
@@ -177,12 +177,12 @@ class UpdateProgram:
             else:
                 ops[size <= LARGEST_SMALL].append((0, number))
                 live.discard(number)
-        self._ops = tuple(map(shortened, ops))
+        self._ops = tuple(map(without_round_trips, ops))
         self.num_blocks = len(trace.blocks)
         self.staying = sorted(live - {0})
         """Blocks that are not given back."""
 
-    def named(self, *, is_small: bool, first: int, gradient: int) -> list[Op]:
+    def operations(self, *, is_small: bool, first: int, gradient: int) -> list[Op]:
         """Operations of one pool; block n is called ``first`` − n if anybody outside of them may see it."""
         return [
             (size, number if number.__class__ is tuple else first - number if number else gradient)

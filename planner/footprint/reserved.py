@@ -17,7 +17,14 @@ from chunkplan.planner.allocator.pool import Pool
 from chunkplan.planner.catalog.overheads import Overheads
 from chunkplan.planner.footprint.compose import CompositionError
 from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
-from chunkplan.planner.footprint.replay_programs import OTHER_NAMES, Ops, UpdateProgram, base_of, rule_events, seen_from
+from chunkplan.planner.footprint.replay_programs import (
+    OTHER_NAMES,
+    Ops,
+    UpdateProgram,
+    base_of,
+    block_identity,
+    rule_events,
+)
 from chunkplan.planner.footprint.slice_updates import Update, updates_of_visit
 
 
@@ -107,11 +114,11 @@ class Replay:
             staying.update(self._next_name - number for number in program.staying)
             self._next_name -= program.num_blocks
         for is_small, pool in enumerate(self._pools):
-            named = (
-                program.named(is_small=bool(is_small), first=first, gradient=gradient)
+            of_slices = (
+                program.operations(is_small=bool(is_small), first=first, gradient=gradient)
                 for program, first, gradient in updates
             )
-            pool.run_once(list(chain.from_iterable(named)))
+            pool.run_unrecorded(list(chain.from_iterable(of_slices)))
         return staying
 
     def _step(
@@ -136,10 +143,10 @@ class Replay:
                 self._run(ops, first + copy)
                 for name, traced in ops.gradients:
                     stood_for = slices[traced]
-                    came[seen_from(name, first + copy)] = stood_for[copy if len(stood_for) > 1 else 0]
+                    came[block_identity(name, first + copy)] = stood_for[copy if len(stood_for) > 1 else 0]
         for pool in self._pools:
             for name in pool.names():
-                ordinal = came.get(seen_from(name, pool.base), -1)
+                ordinal = came.get(block_identity(name, pool.base), -1)
                 if ordinal >= 0:
                     gradients[ordinal] = name, pieces[ordinal].numel * self._itemsize
 

@@ -17,7 +17,7 @@ from chunkplan.planner.footprint.by_category import NOTHING, Amount, ByCategory
 from chunkplan.planner.footprint.folded import fold, segment_moments
 from chunkplan.planner.spec import GpuSpec
 from chunkplan.planner.timing.roofline import Rates
-from chunkplan.planner.timing.transfers import TransferTime, passage, transfer_seconds
+from chunkplan.planner.timing.transfers import TransferTime, transfer_seconds, update_beside_copies
 from chunkplan.planner.trace.layers import NO_COPIES
 from chunkplan.planner.trace.step_trace import StepTrace
 from chunkplan.planner.trace.store import TraceStore, deciding_an_update
@@ -250,7 +250,7 @@ class SliceUpdates:
         one_way = transfer_seconds(self.host_bytes(piece, schedule), self.gpu)
         num_blocks = len(StateLayout.of(self.training, schedule).blocks(piece.numel, self._num_columns(piece)))
         bring, send = one_way * update.comes, one_way * update.leaves
-        return passage(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
+        return update_beside_copies(seconds, bring, send, num_blocks, takes_turns=update.comes and update.leaves)
 
     def seconds_in_a_row(self, updates: Sequence[SliceUpdate[int]], update: Update) -> float:
         """Seconds of slices in a row; where they share their buffers there is no pause between them."""

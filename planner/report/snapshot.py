@@ -16,7 +16,7 @@ from chunkplan.engine.spec import ResolvedSchedule
 from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner.allocator.caching import CachingAllocator
 from chunkplan.planner.catalog.overheads import Overheads
-from chunkplan.planner.footprint.block_events import Label, Walk
+from chunkplan.planner.footprint.block_events import CycleEvents, Label
 from chunkplan.planner.footprint.footprint import ChunkFootprint, Footprints
 
 BASE_ADDRESS = 0x7F00_0000_0000
@@ -44,13 +44,13 @@ def snapshot(
         chunk_index: the chunk whose visit is recorded.
     """
     recorder = _Recorder()
-    walk = Walk(recorder, footprints, schedule)
-    walk.load(overheads)
+    cycle = CycleEvents(recorder, footprints, schedule)
+    cycle.load(overheads)
     by_index = {footprint.chunk.index: footprint for footprint in chunks}
     for index in Schedule(len(by_index), schedule.order, 1).cycle_order(0):
         if index == chunk_index:
             recorder.start()
-        walk.visit(by_index[index])
+        cycle.visit(by_index[index])
         if index == chunk_index:
             break
     return {

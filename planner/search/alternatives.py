@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from chunkplan.engine.spec import ResolvedSchedule, TrainingSpec
 from chunkplan.planner.search.evaluator import Evaluation, Evaluator, Outline
 from chunkplan.planner.search.reasons import cause, changes
-from chunkplan.planner.search.schedules import AUTO_CHUNKS, named, schedules, with_chunks
+from chunkplan.planner.search.schedules import AUTO_CHUNKS, as_alternative, schedules, with_chunks
 from chunkplan.planner.spec import Alternative
 
 
@@ -24,7 +24,7 @@ def alternatives(evaluator: Evaluator, chosen: Evaluation) -> list[Alternative]:
             "no schedule with resident weights fits: weights, libraries and context alone need "
             f"{floor} bytes, {missing} more than the device has"
         )
-        return [named(chosen, "smallest", why)]
+        return [as_alternative(chosen, "smallest", why)]
     obstacle = explain(evaluator, chosen)
     smallest: Outline | None = None
     for training, schedule in _relaxations(evaluator, chosen):
@@ -33,7 +33,7 @@ def alternatives(evaluator: Evaluator, chosen: Evaluation) -> list[Alternative]:
             candidate = evaluator.complete(outline)
             if candidate.fits:
                 what = changes(training, chosen.training, schedule, chosen.schedule)
-                return [named(candidate, "nearest", f"nearest that fits: {what}; as asked, {obstacle}")]
+                return [as_alternative(candidate, "nearest", f"nearest that fits: {what}; as asked, {obstacle}")]
         if smallest is None or outline.least_upper_bytes < smallest.least_upper_bytes:
             smallest = outline
     least = chosen
@@ -42,7 +42,7 @@ def alternatives(evaluator: Evaluator, chosen: Evaluation) -> list[Alternative]:
         least = found if found.peak.upper_bytes < chosen.peak.upper_bytes else chosen
     missing = least.peak.upper_bytes - evaluator.capacity_bytes
     why = f"no schedule that was tried fits: the smallest lacks {missing} bytes; {explain(evaluator, least)}"
-    return [named(least, "smallest", why)]
+    return [as_alternative(least, "smallest", why)]
 
 
 def explain(evaluator: Evaluator, evaluation: Evaluation) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from chunkplan.engine.spec import CheckpointedLayers, Optimizer, ResolvedSchedule, StateDtype, TrainingSpec
 from chunkplan.planner.search.evaluator import Evaluation, Evaluator, Outline
 from chunkplan.planner.search.reasons import changes, size
-from chunkplan.planner.search.schedules import AUTO_CHUNKS, named, schedules
+from chunkplan.planner.search.schedules import AUTO_CHUNKS, as_alternative, schedules
 from chunkplan.planner.spec import Alternative
 
 SWITCH_EVERY = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
@@ -43,10 +43,10 @@ def front(evaluator: Evaluator, chosen: Evaluation) -> list[Alternative]:
     for what, outline in _ends_of_front(found, base, evaluator.capacity_bytes - fragments):
         other = evaluator.evaluate(outline.training, outline.schedule)
         if other.fits or not chosen.fits:
-            entries.append(named(other, "pareto", f"{what}: {_difference(other, chosen)}"))
+            entries.append(as_alternative(other, "pareto", f"{what}: {_difference(other, chosen)}"))
     is_smallest = min(each.least_upper_bytes for each in found) > _NOTABLE * base.least_upper_bytes
     why = _chosen_why(evaluator, chosen) + ("; nothing that was tried needs notably less" if is_smallest else "")
-    return [named(chosen, "chosen", why), *entries]
+    return [as_alternative(chosen, "chosen", why), *entries]
 
 
 def candidates(evaluator: Evaluator, chosen: Evaluation) -> list[Outline]:

@@ -36,7 +36,9 @@ def with_chunks(evaluator: Evaluator, schedule: ResolvedSchedule, num_chunks: in
     return schedule.model_copy(update={"num_chunks": min(num_chunks, num_rows)})
 
 
-def named(evaluation: Evaluation, role: Literal["chosen", "pareto", "nearest", "smallest"], why: str) -> Alternative:
+def as_alternative(
+    evaluation: Evaluation, role: Literal["chosen", "pareto", "nearest", "smallest"], why: str
+) -> Alternative:
     """Return an evaluated schedule as a plan names it, with its role and one sentence why."""
     return Alternative(
         role=role,

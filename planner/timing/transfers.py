@@ -23,8 +23,10 @@ class TransferTime:
     """
 
 
-def passage(update: float, bring: float, send: float, num_blocks: int, *, takes_turns: bool) -> TransferTime:
-    """What :mod:`chunkplan.engine.optimizer.state_transfer` makes of updates and copies.
+def update_beside_copies(
+    update: float, bring: float, send: float, num_blocks: int, *, takes_turns: bool
+) -> TransferTime:
+    """The time of updates beside copies, as :mod:`chunkplan.engine.optimizer.state_transfer` makes them.
 
     A block's states come while the block before it is updated, and leave while the block after it is. Where
     they take turns in two buffers, a block's states cannot come before those of the last but one have left:

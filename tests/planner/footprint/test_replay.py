@@ -11,7 +11,7 @@ from chunkplan.engine.stream.schedule import Schedule
 from chunkplan.planner import PlanRequest
 from chunkplan.planner.allocator.caching import MIB, MIN_BLOCK_BYTES, CachingAllocator
 from chunkplan.planner.allocator.pool import LARGEST_SMALL, Pool, Program, units
-from chunkplan.planner.footprint.block_events import Walk
+from chunkplan.planner.footprint.block_events import CycleEvents
 from chunkplan.planner.footprint.reserved import Replay, reserved_bytes
 from chunkplan.planner.search.evaluator import Evaluator
 from tests.planner.report.test_exports import CASES, TINY
@@ -55,10 +55,10 @@ class _Plain(CachingAllocator):
 
 def walked(planner, training, schedule, chunks):
     allocator = _Plain()
-    walk = Walk(allocator, planner.footprints(training), schedule)
-    walk.load(planner.overheads)
+    events = CycleEvents(allocator, planner.footprints(training), schedule)
+    events.load(planner.overheads)
     for index in Schedule(len(chunks), schedule.order, 1).cycle_order(0):
-        walk.visit(chunks[index])
+        events.visit(chunks[index])
     return allocator
 
 

@@ -6,7 +6,7 @@ from chunkplan.engine.errors import InputError
 from chunkplan.engine.spec import parse
 from chunkplan.planner import PlanRequest, plan
 from chunkplan.planner.catalog import find_gpu
-from chunkplan.planner.timing.transfers import passage
+from chunkplan.planner.timing.transfers import update_beside_copies
 from tests.planner.report.test_exports import TINY
 
 
@@ -16,14 +16,14 @@ def planned(gpu="rtx-4090", run=None, **training):
 
 
 def test_copies_hide_behind_updates():
-    assert passage(8.0, 0.0, 0.0, 4, takes_turns=False).steady == 8.0
-    slow = passage(8.0, 2.0, 2.0, 4, takes_turns=True)
+    assert update_beside_copies(8.0, 0.0, 0.0, 4, takes_turns=False).steady == 8.0
+    slow = update_beside_copies(8.0, 2.0, 2.0, 4, takes_turns=True)
     assert slow.steady == 8.0, "half a way through the device is shorter than an update"
     assert slow.edges == pytest.approx(1.0), "the first block's way in and the last one's way out"
-    bound = passage(1.0, 8.0, 8.0, 4, takes_turns=True)
+    bound = update_beside_copies(1.0, 8.0, 8.0, 4, takes_turns=True)
     assert bound.steady == pytest.approx(8.5), "two buffers: 17 seconds of work in each of two lanes"
-    assert passage(1.0, 8.0, 0.0, 4, takes_turns=False).steady == 8.0
-    alone = passage(1.0, 8.0, 8.0, 1, takes_turns=True)
+    assert update_beside_copies(1.0, 8.0, 0.0, 4, takes_turns=False).steady == 8.0
+    alone = update_beside_copies(1.0, 8.0, 8.0, 1, takes_turns=True)
     assert alone.steady + alone.edges == 17.0, "one block: one after another"
 
 
