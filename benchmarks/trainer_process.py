@@ -35,7 +35,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from benchmarks.planner_accuracy import CONFIGS, Case, build, case, grid, llama_like, versions
+from benchmarks.accuracy_cases import CONFIGS, Case, case, grid, llama_like
+from benchmarks.planner_accuracy import build, versions
 from chunkplan.engine.model.tasks import Task, task_of_config
 from chunkplan.engine.spec import TrainingSpec
 from chunkplan.engine.stream.schedule import Schedule

@@ -33,8 +33,8 @@ class SpecModel(BaseModel):
         # pydantic's use_attribute_docstrings takes three times as long: it reads the source for each class.
         for name, line in _lines_under_fields(cls.__module__).get(cls.__qualname__, {}).items():
             default = cls.__dict__.get(name, PydanticUndefined)
-            if isinstance(default, FieldInfo) and default.default_factory is not None:
-                setattr(cls, name, Field(default_factory=default.default_factory, description=line))
+            if isinstance(default, FieldInfo):
+                setattr(cls, name, FieldInfo.merge_field_infos(default, description=line))
             elif name in inspect.get_annotations(cls):
                 setattr(cls, name, Field(default, description=line))
 

@@ -12,6 +12,7 @@ from chunkplan.engine.spec import JobRequest, RunSpec
 from chunkplan.planner.spec import Plan, PlanRequest
 from chunkplan.service.cli.server import settings_with
 from chunkplan.service.execution.executors.protocol import Launch
+from chunkplan.service.files.paths import resolve_below, resolve_model_folder
 from chunkplan.service.jobs.preparation import JobPreparation
 from chunkplan.service.machines.devices import local_devices
 from chunkplan.service.settings import Settings
@@ -81,18 +82,14 @@ class LocalSources:
         return folder
 
     def model_folder(self, given: str) -> Path:
-        """Any folder."""
-        folder = _absolute(given)
-        if not (folder / "config.json").is_file():
-            raise InputError("model.path", f"{given} is not a model folder: it has no config.json")
-        return folder
+        """Any folder, under the name by which it is called."""
+        resolve_model_folder("model.path", given, _anything)
+        return _absolute(given)
 
     def data_file(self, field: str, given: str) -> Path:
-        """Any file."""
-        path = _absolute(given)
-        if not path.exists():
-            raise InputError(field, f"{given} does not exist")
-        return path
+        """Any file, under the name by which it is called."""
+        resolve_below(field, given, _anything)
+        return _absolute(given)
 
     def upload(self, field: str, file_id: str) -> tuple[Path, str]:
         """There are none here."""
@@ -105,6 +102,10 @@ class LocalSources:
     def planned_request(self, plan_id: str) -> PlanRequest:
         """There are none here."""
         raise InputError("plan_id", "plans are kept by a service; leave it out")
+
+
+def _anything(_path: Path) -> bool:
+    return True
 
 
 def _absolute(given: str) -> Path:

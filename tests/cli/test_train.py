@@ -118,6 +118,8 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(chunkplan, job_file, 
         ({"dataset": {"path": None, "file_id": "file_x"}}, "dataset.file_id: uploads belong to a service"),
         ({"dataset": {"validation_path": "nowhere.jsonl", "eval_fraction": 0}}, "dataset.validation_path: "),
         ({"model": {"path": "/etc"}}, "model.path: /etc is not a model folder: it has no config.json"),
+        ({"model": {"path": "~nobody-of-that-name/model"}}, "model.path: not a path that can be followed: "),
+        ({"dataset": {"path": "rows\0.jsonl"}}, "dataset.path: "),
         ({"plan_id": "plan_0"}, "plan_id: plans are kept by a service; leave it out"),
         ({"training": {"colour": "red"}}, "training.colour: "),
         (

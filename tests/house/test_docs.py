@@ -3,15 +3,13 @@
 import doctest
 import importlib
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-LISTED = subprocess.check_output(["git", "ls-files", "-z", "*.md"], cwd=ROOT, text=True).split("\0")
-DOCUMENTS = [ROOT / name for name in LISTED if name]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 MAX_COLUMNS = 110
 _CODE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 _PLACES = "engine|planner|service|tests|benchmarks|docs|migrations|deploy|examples|src|crash"
@@ -82,7 +80,7 @@ def test_examples_in_docstrings_hold():
 
 def test_the_glossary_is_short_and_of_words_in_use():
     words = re.findall(r"^\| \*\*(.+?)\*\*", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
-    assert 20 <= len(words) <= 40
+    assert 20 <= len(words) <= 30
     code = "".join(
         path.read_text() for package in ("engine", "planner", "service") for path in (ROOT / package).rglob("*.py")
     )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.planner_accuracy import CONFIGS, case, measure
+from benchmarks.accuracy_cases import CONFIGS, case
+from benchmarks.planner_accuracy import measure
 from chunkplan.engine import ChunkFT, InputError
 from chunkplan.engine.spec import TrainingSpec, parse
 from chunkplan.engine.training.checkpoint import resume, save_checkpoint

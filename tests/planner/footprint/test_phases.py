@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.planner_accuracy import CONFIGS, case
+from benchmarks.accuracy_cases import CONFIGS, case
 from chunkplan.planner import PlanRequest, plan
 from tests.support.runs import events_of, exit_code, start_worker, write_job
 from tests.support.tiny import tiny_llama, tiny_tokenizer

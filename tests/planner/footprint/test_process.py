@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.planner_accuracy import Case, case
+from benchmarks.accuracy_cases import Case, case
 from benchmarks.trainer_process import measure, planned
 
 CASES = [

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.planner_accuracy import CONFIGS, Case, case, compare, measure, summary
+from benchmarks.accuracy_cases import CONFIGS, Case, case
+from benchmarks.planner_accuracy import compare, measure, summary
 from chunkplan.planner import PlanRequest, plan
 from chunkplan.planner.calibration.residuals import STEP
 
