@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_attention
 from chunkplan.planner.catalog.overheads import overheads
 from chunkplan.planner.spec import GpuSpec
 from chunkplan.planner.trace.kernels import attention_backward_scratch_bytes
@@ -93,6 +94,48 @@ def attention_scratch(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
     return {"shape": [batch, heads, groups, length, width], "scratch_bytes": scratch, "planned_bytes": formula}
 
 
+def host(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
+    """Resident bytes of a process as it imports, opens the device and loads kernels; and what pinned memory takes."""
+    done = subprocess.run(
+        [sys.executable, "-c", _HOST_PROGRAM, str(device)], capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+_HOST_PROGRAM = """
+import json, sys
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+found = {"bare": resident()}
+import torch
+found["torch"] = resident()
+import transformers
+from transformers import LlamaForCausalLM
+found["transformers"] = resident()
+device = torch.device(sys.argv[1])
+torch.cuda.mem_get_info(device)
+found["context"] = resident()
+a = torch.ones(1024, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+torch.nn.functional.silu(a @ a).softmax(-1).float().sum().backward()
+torch.cuda.synchronize()
+found["products"] = resident()
+q = torch.ones(1, 4, 256, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+torch.cuda.synchronize()
+found["attention"] = resident()
+kept, pinned = [], []
+for size in (1000, 4097, 100_000, 3 * 2**20, 5 * 2**20 + 1, 33 * 2**20, 100 * 2**20, 300 * 2**20):
+    before = resident()["VmRSS"]
+    kept.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+    stats = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
+    pinned.append([size, resident()["VmRSS"] - before, {k: v for k, v in stats.items() if "current" in k}])
+found["pinned"] = pinned
+print(json.dumps(found))
+"""
+
+
 def measured_rates(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
     """Shares of the catalog's peak rates that large products and copies reach."""
     size = 8192
@@ -126,5 +169,8 @@ CONSTANTS = {
     "context": context,
     "workspace": workspace,
     "attention_scratch": attention_scratch,
+    "attention_choices": gpu_attention.choices,
+    "attention_memory": gpu_attention.scratch,
+    "host": host,
     "rates": measured_rates,
 }

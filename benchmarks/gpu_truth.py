@@ -320,8 +320,12 @@ def on_gpu(record: Record, device: torch.device, gpu: GpuSpec, until: float, num
     """Everything that is not in the record yet, until the time is over."""
     for name, find in CONSTANTS.items():
         if name not in record.content["constants"]:
-            record.put("constants", name, find(device, gpu))
-            print(name, json.dumps(record.content["constants"][name]), flush=True)
+            try:
+                found = find(device, gpu)
+            except Exception as error:
+                found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            record.put("constants", name, found)
+            print(name, json.dumps(found)[:1500], flush=True)
             fresh(device)
     cases = list(grid(MODELS))[:num_cases]
     for number, case in enumerate(cases):
@@ -338,6 +342,11 @@ def on_gpu(record: Record, device: torch.device, gpu: GpuSpec, until: float, num
                 found = measure_it()
             except torch.OutOfMemoryError as error:
                 found = {"out_of_memory": str(error).splitlines()[0]}
+            except Exception as error:
+                import traceback
+
+                traceback.print_exc()
+                found = {"failed": f"{type(error).__name__}: {error}"[:500]}
             record.put(section, case.name, found)
             print(section, case.name, {key: found[key] for key in found if key not in _LONG}, flush=True)
 
