@@ -30,7 +30,7 @@ SHAPES = (
 
 
 def choices(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
-    """The kernel's name by data type, heads, head sizes, mask, dropout, and whether later tokens are hidden."""
+    """The kernel's name by data type, heads, head sizes, mask, dropout and causality."""
     rows = []
     for dtype, heads, sizes, mask, dropout, is_causal in itertools.product(
         DTYPES, HEADS, SIZES, MASKS, (0.0, 0.1), (False, True)
@@ -41,9 +41,7 @@ def choices(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
         query, key, value = _inputs(1, num_heads, num_key_heads, 128, *sizes, DTYPES[dtype], device)
         attn_mask = _mask(mask, 128, DTYPES[dtype], device)
         try:
-            number = fused_attention_choice(
-                query, key, value, attn_mask, dropout, is_causal, enable_gqa=by_name
-            )
+            number = fused_attention_choice(query, key, value, attn_mask, dropout, is_causal, enable_gqa=by_name)
             name = "refused" if number < 0 else SDPBackend(number).name
         except RuntimeError as error:
             name = f"refused: {str(error).splitlines()[0][:80]}"
@@ -89,8 +87,8 @@ def scratch(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
 
 
 def _scratch_of(shape: tuple[int, ...], device: torch.device) -> Iterator[list[Any]]:
-    variants = [(dtype, "none", 0.0) for dtype in DTYPES] + [("bf16", "bool", 0.0), ("bf16", "additive", 0.0),
-                                                             ("fp32", "additive", 0.0), ("bf16", "none", 0.1)]  # fmt: skip
+    variants = [(dtype, "none", 0.0) for dtype in DTYPES]
+    variants += [("bf16", "bool", 0.0), ("bf16", "additive", 0.0), ("fp32", "additive", 0.0), ("bf16", "none", 0.1)]
     for (dtype, mask, dropout), kernel in itertools.product(
         variants, ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH", "default")
     ):
@@ -110,7 +108,7 @@ def _scratch(
     query, key, value = _inputs(batch, heads, key_heads, tokens, size, value_size, DTYPES[dtype], device)
     attn_mask = _mask(mask, tokens, DTYPES[dtype], device)
     every = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-    taken = every if kernel == "default" else [SDPBackend[kernel]]
+    taken = every if kernel == "default" else [getattr(SDPBackend, kernel)]
 
     def forward() -> Tensor:
         result: Tensor = F.scaled_dot_product_attention(

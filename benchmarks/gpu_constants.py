@@ -95,7 +95,7 @@ def attention_scratch(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
 
 
 def host(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
-    """Resident bytes of a process as it imports, opens the device and loads kernels; and what pinned memory takes."""
+    """Resident bytes of a process as it imports, opens the device, loads kernels and pins memory."""
     done = subprocess.run(
         [sys.executable, "-c", _HOST_PROGRAM, str(device)], capture_output=True, text=True, check=True
     )
@@ -149,8 +149,24 @@ def measured_rates(device: torch.device, gpu: GpuSpec) -> dict[str, Any]:
     return {
         "bf16_flops": flops, "bf16_share": flops / gpu.bf16_flops, "bandwidth": moved,
         "bandwidth_share": moved / gpu.memory_bandwidth, "link_bandwidth": link,
-        "planned_link_bandwidth": gpu.link_bandwidth,
+        "planned_link_bandwidth": gpu.link_bandwidth, "launches": _launch_seconds(device),
     }  # fmt: skip
+
+
+def _launch_seconds(device: torch.device) -> dict[str, float]:
+    """Seconds of one small operation: forward alone, and forward and backward of a chain of them."""
+    x = torch.ones(64, device=device)
+    leaf = torch.ones(64, device=device, requires_grad=True)
+
+    def chain(start: torch.Tensor) -> torch.Tensor:
+        for _ in range(200):
+            start = start * 1.0
+        return start
+
+    return {
+        "forward": _seconds(lambda: chain(x), device) / 200,
+        "forward_and_backward": _seconds(lambda: chain(leaf).sum().backward(), device) / 400,
+    }
 
 
 def _seconds(work: Any, device: torch.device, repeats: int = 20) -> float:

@@ -18,22 +18,30 @@ calibration (chunkplan.planner.calibration.margins).
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
 import time
+import traceback
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.accuracy_cases import CONFIGS
 from benchmarks.gpu_constants import CONSTANTS, fresh
 from benchmarks.planner_accuracy import build, measure, summary, versions
 from chunkplan.engine import ChunkFT
-from chunkplan.engine.record.profiler import CudaProfiler
+from chunkplan.engine.errors import InputError
+from chunkplan.engine.model.adapters import add_adapters
+from chunkplan.engine.record.profiler import CudaProfiler, process_peak_bytes
 from chunkplan.engine.spec import TrainingSpec
 from chunkplan.planner import Plan, PlanRequest, plan
 from chunkplan.planner.allocator.caching import CachingAllocator
@@ -65,13 +73,38 @@ class Case:
     def name(self) -> str:
         """Unique in the grid."""
         t = self.training
-        kind = f"{t.method} K={t.schedule.num_chunks} switch={t.schedule.switch_every} {t.loss} {t.precision}"
+        states = f"{t.optimizer} {t.schedule.state_dtype} states"
+        kind = f"{t.method} {states} K={t.schedule.num_chunks} switch={t.schedule.switch_every} {t.loss} {t.precision}"
         return f"{self.model} {kind} {t.micro_batch_size}x{t.seq_len} checkpointing={t.activation_checkpointing}"
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's config."""
         return CONFIGS[self.model] if self.model in CONFIGS else find_model(self.model).config
+
+
+def headline() -> Iterator[Case]:
+    """What is measured first: 0.5 to 8 billion weights, chunks, checkpointing, optimizers, adapters."""
+    for model, num_chunks, batch, length, changes in (
+        ("llama-3.2-1b", 8, 2, 2048, {}),
+        ("gemma-2-2b", 32, 1, 1024, {}),
+        ("llama-3-8b", 32, 1, 2048, {"optimizer": "adafactor"}),
+        ("llama-3-8b", 1, 1, 2048, {"method": "lora"}),
+        ("llama-3.2-1b", 32, 1, 1024, {"activation_checkpointing": "none"}),
+        ("llama-3.2-1b", 1, 1, 2048, {}),
+        ("llama-3-8b", 8, 1, 4096, {"optimizer": "adafactor"}),
+        ("llama-3.2-3b", 8, 1, 2048, {"state_dtype": "bf16"}),
+        ("llama-3.2-3b", 32, 1, 2048, {"activation_checkpointing": "none", "optimizer": "adafactor"}),
+        ("qwen2.5-0.5b", 8, 4, 512, {"activation_checkpointing": "none"}),
+        ("llama-3.2-1b", 1, 4, 1024, {"method": "lora", "activation_checkpointing": "none"}),
+        ("llama-3-8b", 32, 1, 2048, {"optimizer": "adamw8bit"}),
+    ):
+        asked: dict[str, Any] = {"seq_len": length, "micro_batch_size": batch, "method": "chunkft", **changes}
+        kept = {"state_dtype": asked.pop("state_dtype")} if "state_dtype" in asked else {}
+        asked["attention"] = "eager" if model.startswith("gemma") else "sdpa"
+        if asked["method"] == "chunkft":
+            asked["schedule"] = {"num_chunks": num_chunks, "switch_every": 2 if num_chunks == 1 else 1, **kept}
+        yield Case(model, TrainingSpec.model_validate(asked).resolved())
 
 
 def grid(models: tuple[str, ...]) -> Iterator[Case]:
@@ -113,7 +146,7 @@ class Record:
         except (OSError, ValueError):
             content = {}
         if {key: content.get(key) for key in head} != head:
-            content = {**head, "constants": {}, "runs": {}, "replays": {}, "limits": {}}
+            content = {**head, "constants": {}, "runs": {}, "replays": {}, "dense": {}, "limits": {}}
         return cls(path, content)
 
     def put(self, section: str, name: str, value: Any) -> None:
@@ -164,26 +197,49 @@ class Seen:
     allocated_bytes: int
 
 
+class Plans:
+    """Plans of cases, made ahead in other processes: a device that is borrowed does not wait for them."""
+
+    def __init__(self, cases: list[Case], gpu: GpuSpec) -> None:
+        workers = max(1, min(8, (os.cpu_count() or 2) - 2))
+        self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        self._answers = {case.name: self._pool.submit(planned, case, gpu) for case in cases}
+
+    def of(self, case: Case) -> Plan:
+        """The plan of one of the cases."""
+        return self._answers[case.name].result()
+
+    def close(self) -> None:
+        """Drop what was not asked for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 class GpuRun:
     """One model on the GPU, trained for cycles."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
         self.seconds: list[float] = []
+        self.phase_seconds: Counter[str] = Counter()
 
-    def cycle(self) -> list[Seen]:
-        """Build the model, train one warm-up update and one cycle; returns the peaks by phase."""
+    def cycles(self, count: int = 2) -> list[Seen]:
+        """Build the model and train it for cycles; returns the peaks by phase.
+
+        Times are those of the last cycle: in the first one kernels are loaded and host memory is pinned.
+        """
         training, device = self.case.training, self.device
         profiler = CudaProfiler(device)
         torch.manual_seed(0)
         with device:
             model = build(self.case.config, training)
+            if training.lora is not None:
+                add_adapters(model, training.lora)
         tuner = ChunkFT.of(training, model, observer=profiler)
         shape = (training.micro_batch_size, training.seq_len)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         seen: list[Seen] = []
         num_updates = tuner.schedule.updates_per_cycle
-        for update in range(num_updates + 1):
+        for update in range(count * num_updates):
             chunk_index = tuner.visit.chunk_index
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with profiler.step():
@@ -195,27 +251,33 @@ class GpuRun:
                 end.record()
                 del ids, batch
             torch.cuda.synchronize(device)
-            if update:  # the first one loads kernels
+            if update >= (count - 1) * num_updates:
                 self.seconds.append(begin.elapsed_time(end) / 1e3)
             seen += [Seen(chunk_index, s.phase, s.allocated_bytes) for s in profiler.samples]
+            for sample in profiler.samples if update >= (count - 1) * num_updates else []:
+                self.phase_seconds[sample.phase] += sample.seconds / num_updates
         tuner.close()
         return seen
 
 
-def run_on_gpu(case: Case, gpu: GpuSpec, device: torch.device) -> dict[str, Any]:
-    """One cycle on the GPU against its plan: allocated, reserved, what the driver says, and time."""
-    answer = planned(case, gpu)
+def run_on_gpu(case: Case, answer: Plan, device: torch.device) -> dict[str, Any]:
+    """Two cycles on the GPU against their plan: allocated, reserved, what the driver says, and time."""
     if not answer.fits:
         return {"skipped": "the plan does not fit", "planned": answer.peak.model_dump()}
     fresh(device)
+    before_bytes = torch.cuda.memory_allocated(device)
     run = GpuRun(case, device)
     reserved_by_phase = _HighestReserved(device)
     with reserved_by_phase:
-        samples = run.cycle()
+        samples = run.cycles()
     free, total = torch.cuda.mem_get_info(device)
     seconds = sum(run.seconds) / len(run.seconds)
     return {
         **compared(case, answer, samples),
+        "allocated_before_bytes": before_bytes,
+        "phase_seconds": dict(run.phase_seconds),
+        "host_resident_bytes": process_peak_bytes(),
+        "pinned_bytes": torch.cuda.host_memory_stats().get("allocated_bytes.peak"),
         "reserved_bytes": reserved_by_phase.highest_bytes,
         "reserved_error": answer.peak.reserved_bytes / reserved_by_phase.highest_bytes - 1,
         "used_at_end_bytes": total - free,
@@ -244,17 +306,18 @@ class _HighestReserved:
         self.highest_bytes = torch.cuda.memory_reserved(self._device)
 
 
-def replay(case: Case, device: torch.device) -> dict[str, Any]:
+def replay(case: Case, device: torch.device, histories: Path) -> dict[str, Any]:
     """Record a run's memory history and feed it to the simulator: the peaks of reserved bytes must agree."""
     fresh(device)
     before = torch.cuda.memory_reserved(device)
     torch.cuda.memory._record_memory_history(max_entries=2_000_000, stacks="python", context=None)
     try:
-        GpuRun(case, device).cycle()
+        GpuRun(case, device).cycles(1)
         events = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
     simulated, recorded, num_unknown = simulate(events)
+    _keep_history(events, histories / f"history_{case.model}_{case.training.schedule.num_chunks}.npz")
     return {
         "num_events": len(events),
         "reserved_before_bytes": before,
@@ -263,6 +326,19 @@ def replay(case: Case, device: torch.device) -> dict[str, Any]:
         "frees_of_earlier_blocks": num_unknown,
         "relative_error": simulated / recorded - 1 if recorded else 0.0,
     }
+
+
+_KINDS = {"alloc": 2, "free_completed": 3, "segment_alloc": 4, "segment_free": 5}
+
+
+def _keep_history(events: list[dict[str, Any]], path: Path) -> None:
+    """Write a history as rows of kind, address, size and stream, the kinds as in _KINDS."""
+    rows = [
+        (_KINDS[event["action"]], event["addr"], event["size"], event.get("stream", 0))
+        for event in events
+        if event["action"] in _KINDS
+    ]
+    np.savez_compressed(path, history=np.array(rows, dtype=np.int64))
 
 
 def simulate(events: list[dict[str, Any]]) -> tuple[int, int, int]:
@@ -291,9 +367,35 @@ def simulate(events: list[dict[str, Any]]) -> tuple[int, int, int]:
     return allocator.max_reserved_bytes, recorded, num_unknown
 
 
-def under_limit(case: Case, gpu: GpuSpec, device: torch.device) -> dict[str, Any]:
+def dense(case: Case, device: torch.device) -> dict[str, Any]:
+    """The same model and batch trained densely by torch's own AdamW, with transformers' checkpointing."""
+    fresh(device)
+    training = case.training
+    with device:
+        model = build(case.config, training)
+    if training.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(0, 1000, (training.micro_batch_size, training.seq_len), device=device)
+    seconds = []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        end.record()
+        torch.cuda.synchronize(device)
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.memory_reserved(device),
+        "step_seconds": min(seconds),
+    }
+
+
+def under_limit(case: Case, answer: Plan, gpu: GpuSpec, device: torch.device) -> dict[str, Any]:
     """Train with the allocator held to the planned bound less the context."""
-    answer = planned(case, gpu)
     limit = answer.peak.upper_bytes - overheads(gpu).context_bytes
     total = torch.cuda.get_device_properties(device).total_memory
     if limit >= total:
@@ -301,7 +403,7 @@ def under_limit(case: Case, gpu: GpuSpec, device: torch.device) -> dict[str, Any
     fresh(device)
     with _fraction(limit / total, device):
         try:
-            GpuRun(case, device).cycle()
+            GpuRun(case, device).cycles(1)
         except torch.OutOfMemoryError as error:
             return {"limit_bytes": limit, "out_of_memory": str(error).splitlines()[0]}
     return {"limit_bytes": limit, "out_of_memory": None}
@@ -320,37 +422,43 @@ def on_gpu(record: Record, device: torch.device, gpu: GpuSpec, until: float, num
     """Everything that is not in the record yet, until the time is over."""
     for name, find in CONSTANTS.items():
         if name not in record.content["constants"]:
-            try:
-                found = find(device, gpu)
-            except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            found = _attempt(lambda find=find: find(device, gpu))
             record.put("constants", name, found)
             print(name, json.dumps(found)[:1500], flush=True)
             fresh(device)
-    cases = list(grid(MODELS))[:num_cases]
-    for number, case in enumerate(cases):
-        work = {"runs": lambda case=case: run_on_gpu(case, gpu, device)}
-        if number % 5 == 0:  # one of each row of families: they take a run of their own
-            work["replays"] = lambda case=case: replay(case, device)
-        work["limits"] = lambda case=case: under_limit(case, gpu, device)
-        for section, measure_it in work.items():
-            if case.name in record.content[section]:
-                continue
-            if time.monotonic() > until:
-                return
-            try:
-                found = measure_it()
-            except torch.OutOfMemoryError as error:
-                found = {"out_of_memory": str(error).splitlines()[0]}
-            except Exception as error:
-                import traceback
-
-                traceback.print_exc()
-                found = {"failed": f"{type(error).__name__}: {error}"[:500]}
-            record.put(section, case.name, found)
-            print(section, case.name, {key: found[key] for key in found if key not in _LONG}, flush=True)
+    cases = [*headline(), *grid(MODELS)][:num_cases]
+    plans = Plans(cases, gpu)
+    try:
+        for number, case in enumerate(cases):
+            work = {"runs": lambda case=case: run_on_gpu(case, plans.of(case), device)}
+            if number in _REPLAYED:  # a run of their own
+                work["replays"] = lambda case=case: replay(case, device, record.path.parent)
+            if number in _BESIDE_DENSE:
+                work["dense"] = lambda case=case: dense(case, device)
+            work["limits"] = lambda case=case: under_limit(case, plans.of(case), gpu, device)
+            for section, measure_it in work.items():
+                if time.monotonic() > until:
+                    return
+                if case.name not in record.content[section]:
+                    record.put(section, case.name, _attempt(measure_it))
+                    found = record.content[section][case.name]
+                    print(section, case.name, {key: found[key] for key in found if key not in _LONG}, flush=True)
+    finally:
+        plans.close()
 
 
+def _attempt(measure_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What one measurement found, or why it failed: the next one is made in either case."""
+    try:
+        return measure_it()
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).splitlines()[0]}
+    except (InputError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        traceback.print_exc(limit=-3)
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+_REPLAYED, _BESIDE_DENSE = (0, 1, 2), (0, 5)
 _LONG = {"chunks", "planned", "training", "allocated"}
 
 

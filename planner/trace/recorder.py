@@ -245,8 +245,27 @@ def _signature(values: Any) -> tuple[Any, ...]:
 
 def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     counter = flop_registry.get(func.overloadpacket)
-    flops = int(counter(*args, **kwargs, out_val=out)) if counter else 0
+    flops = int(counter(*_with_equal_heads(func, args), **kwargs, out_val=out)) if counter else 0
     return flops, sum(_tensor_bytes(value) for value in (*args, *kwargs.values(), out))
+
+
+_FIRST_QUERY = {
+    torch.ops.aten._scaled_dot_product_flash_attention: 0,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: 1,
+}
+"""Attention that takes fewer key heads than query heads, and where its query stands among its arguments."""
+
+
+def _with_equal_heads(func: Any, args: Any) -> Any:
+    """Arguments whose keys and values have the queries' heads: torch 2.11 counts no others, and every query
+    head does its own work.
+    """
+    first = _FIRST_QUERY.get(func.overloadpacket)
+    if first is None or args[first].shape[1] == args[first + 1].shape[1]:
+        return args
+    num_heads = args[first].shape[1]
+    grouped = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in args[first + 1 : first + 3])
+    return (*args[: first + 1], *grouped, *args[first + 3 :])
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
