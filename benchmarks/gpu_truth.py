@@ -32,102 +32,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.accuracy_cases import CONFIGS
+from benchmarks.gpu_cases import MODELS, TINY, Case, grid, headline
 from benchmarks.gpu_constants import CONSTANTS, fresh
+from benchmarks.gpu_histories import keep_history, simulate
 from benchmarks.planner_accuracy import build, measure, summary, versions
 from chunkplan.engine import ChunkFT
 from chunkplan.engine.errors import InputError
 from chunkplan.engine.model.adapters import add_adapters
 from chunkplan.engine.record.profiler import CudaProfiler, process_peak_bytes
-from chunkplan.engine.spec import TrainingSpec
 from chunkplan.planner import Plan, PlanRequest, plan
-from chunkplan.planner.allocator.caching import CachingAllocator
 from chunkplan.planner.calibration.margins import Calibration, Observation, device_key, write_calibration
 from chunkplan.planner.calibration.residuals import STEP, residuals
-from chunkplan.planner.catalog import detect_gpu, find_gpu, find_model
+from chunkplan.planner.catalog import detect_gpu, find_gpu
 from chunkplan.planner.catalog.overheads import overheads
 from chunkplan.planner.spec import GpuSpec
 from chunkplan.planner.version import code_digest
 
 RESULTS = Path(__file__).parent / "results" / "gpu_truth.json"
-MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "gpt2-medium", "pythia-410m", "gemma-2-2b")
-TINY = ("llama", "qwen2", "gpt2")
 ONLY_ON_A_GPU = (
     "context and what the driver keeps", "cuBLAS workspaces", "flash attention's scratch",
     "rates of matrix products and copies", "reserved and device memory", "time of an update by CUDA events",
     "replay of a recorded memory history", "a hard limit at the planned bound",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run: a catalog model (on the CPU a tiny one of the accuracy benchmark) and a training spec."""
-
-    model: str
-    training: TrainingSpec
-
-    @property
-    def name(self) -> str:
-        """Unique in the grid."""
-        t = self.training
-        states = f"{t.optimizer} {t.schedule.state_dtype} states"
-        kind = f"{t.method} {states} K={t.schedule.num_chunks} switch={t.schedule.switch_every} {t.loss} {t.precision}"
-        return f"{self.model} {kind} {t.micro_batch_size}x{t.seq_len} checkpointing={t.activation_checkpointing}"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's config."""
-        return CONFIGS[self.model] if self.model in CONFIGS else find_model(self.model).config
-
-
-def headline() -> Iterator[Case]:
-    """What is measured first: 0.5 to 8 billion weights, chunks, checkpointing, optimizers, adapters."""
-    for model, num_chunks, batch, length, changes in (
-        ("llama-3.2-1b", 8, 2, 2048, {}),
-        ("gemma-2-2b", 32, 1, 1024, {}),
-        ("llama-3-8b", 32, 1, 2048, {"optimizer": "adafactor"}),
-        ("llama-3-8b", 1, 1, 2048, {"method": "lora"}),
-        ("llama-3.2-1b", 32, 1, 1024, {"activation_checkpointing": "none"}),
-        ("llama-3.2-1b", 1, 1, 2048, {}),
-        ("llama-3-8b", 8, 1, 4096, {"optimizer": "adafactor"}),
-        ("llama-3.2-3b", 8, 1, 2048, {"state_dtype": "bf16"}),
-        ("llama-3.2-3b", 32, 1, 2048, {"activation_checkpointing": "none", "optimizer": "adafactor"}),
-        ("qwen2.5-0.5b", 8, 4, 512, {"activation_checkpointing": "none"}),
-        ("llama-3.2-1b", 1, 4, 1024, {"method": "lora", "activation_checkpointing": "none"}),
-        ("llama-3-8b", 32, 1, 2048, {"optimizer": "adamw8bit"}),
-    ):
-        asked: dict[str, Any] = {"seq_len": length, "micro_batch_size": batch, "method": "chunkft", **changes}
-        kept = {"state_dtype": asked.pop("state_dtype")} if "state_dtype" in asked else {}
-        asked["attention"] = "eager" if model.startswith("gemma") else "sdpa"
-        if asked["method"] == "chunkft":
-            asked["schedule"] = {"num_chunks": num_chunks, "switch_every": 2 if num_chunks == 1 else 1, **kept}
-        yield Case(model, TrainingSpec.model_validate(asked).resolved())
-
-
-def grid(models: tuple[str, ...]) -> Iterator[Case]:
-    """Families by number of chunks, batch, length and checkpointing; every run visits all positions of its
-    chunks.
-
-    The cases that differ most come first, so that a short time sees something of everything.
-    """
-    sizes = ((1, 1024), (4, 512), (1, 4096), (8, 128), (2, 2048))
-    for batch, length in sizes:
-        for checkpointing in ("full", "none"):
-            for num_chunks in (8, 32, 1):
-                for model in models:
-                    if model.startswith("gpt2") and length > 1024:
-                        continue  # as many positions as it has learned
-                    training = {
-                        "seq_len": length,
-                        "micro_batch_size": batch, "activation_checkpointing": checkpointing,
-                        "loss": "fused" if num_chunks > 1 else "standard", "method": "chunkft",
-                        "attention": "eager" if model.startswith("gemma") else "sdpa",
-                        "schedule": {"num_chunks": num_chunks, "switch_every": 2 if num_chunks == 1 else 1},
-                    }  # fmt: skip
-                    yield Case(model, TrainingSpec.model_validate(training).resolved())
 
 
 @dataclass
@@ -317,7 +245,7 @@ def replay(case: Case, device: torch.device, histories: Path) -> dict[str, Any]:
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
     simulated, recorded, num_unknown = simulate(events)
-    _keep_history(events, histories / f"history_{case.model}_{case.training.schedule.num_chunks}.npz")
+    keep_history(events, histories / f"history_{case.model}_{case.training.schedule.num_chunks}.npz")
     return {
         "num_events": len(events),
         "reserved_before_bytes": before,
@@ -326,45 +254,6 @@ def replay(case: Case, device: torch.device, histories: Path) -> dict[str, Any]:
         "frees_of_earlier_blocks": num_unknown,
         "relative_error": simulated / recorded - 1 if recorded else 0.0,
     }
-
-
-_KINDS = {"alloc": 2, "free_completed": 3, "segment_alloc": 4, "segment_free": 5}
-
-
-def _keep_history(events: list[dict[str, Any]], path: Path) -> None:
-    """Write a history as rows of kind, address, size and stream, the kinds as in _KINDS."""
-    rows = [
-        (_KINDS[event["action"]], event["addr"], event["size"], event.get("stream", 0))
-        for event in events
-        if event["action"] in _KINDS
-    ]
-    np.savez_compressed(path, history=np.array(rows, dtype=np.int64))
-
-
-def simulate(events: list[dict[str, Any]]) -> tuple[int, int, int]:
-    """Peaks of reserved bytes of a memory history: by the simulator, and as recorded; and frees of unknown
-    blocks.
-    """
-    allocator = CachingAllocator()
-    blocks: dict[int, int] = {}
-    streams: dict[int, int] = {}
-    reserved = recorded = num_unknown = 0
-    for number, event in enumerate(events):
-        action, address = event["action"], event["addr"]
-        if action == "alloc":
-            blocks[address] = number
-            allocator.malloc(number, event["size"], streams.setdefault(event.get("stream", 0), len(streams)))
-        elif action == "free_completed":
-            if address in blocks:
-                allocator.free(blocks.pop(address))
-            else:
-                num_unknown += 1
-        elif action in ("segment_alloc", "segment_map"):
-            reserved += event["size"]
-            recorded = max(recorded, reserved)
-        elif action in ("segment_free", "segment_unmap"):
-            reserved -= event["size"]
-    return allocator.max_reserved_bytes, recorded, num_unknown
 
 
 def dense(case: Case, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import gpu_truth
-from benchmarks.gpu_truth import simulate
+from benchmarks.gpu_cases import MODELS, TINY, grid, headline
+from benchmarks.gpu_histories import simulate
 
 MIB = 2**20
 
@@ -45,10 +46,19 @@ def test_a_recorded_history_is_replayed():
     assert simulate(events) == (26 * MIB, 26 * MIB, 1)
 
 
-@pytest.mark.parametrize("models", [gpu_truth.MODELS, gpu_truth.TINY])
+@pytest.mark.parametrize("models", [MODELS, TINY])
 def test_the_grid_varies_everything_and_names_are_unique(models):
-    cases = list(gpu_truth.grid(models))
+    cases = list(grid(models))
     assert len({case.name for case in cases}) == len(cases) >= 75
     for attribute in ("seq_len", "micro_batch_size", "activation_checkpointing", "loss"):
         assert len({getattr(case.training, attribute) for case in cases}) > 1
     assert {case.model for case in cases} == set(models)
+
+
+def test_what_is_measured_first_differs_in_everything_that_matters():
+    cases = list(headline())
+    assert len({case.name for case in cases}) == len(cases) == 12
+    assert {case.training.schedule.num_chunks for case in cases} == {1, 8, 32}
+    assert {case.training.method for case in cases} == {"chunkft", "lora"}
+    assert {case.training.activation_checkpointing for case in cases} == {"full", "none"}
+    assert {case.training.optimizer for case in cases} == {"adamw", "adafactor", "adamw8bit"}
