@@ -1,4 +1,4 @@
-"""Trainings that plans are compared with on a GPU: first the headline, then a grid for the time that is left."""
+"""Trainings that plans are compared with on a GPU: what comes first, and a grid for what time is left."""
 
 from __future__ import annotations
 
